@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+# Warnings are errors, for our code only; sanitizers as asked.
+add_compile_options(-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wnon-virtual-dtor
+                    -Wold-style-cast -Wcast-qual -Wformat=2 -Wundef -Werror)
+# C knows no new-style casts.
+string(APPEND CMAKE_C_FLAGS " -Wno-old-style-cast")
+if(TANDEM_SANITIZE)
+  add_compile_options(-fsanitize=${TANDEM_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+  add_link_options(-fsanitize=${TANDEM_SANITIZE})
+endif()

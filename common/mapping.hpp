@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Mapping: sole owner of an mmap()ed range.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <string>
+#include <utility>
+
+#include "common/result.hpp"
+
+namespace tandem {
+
+/// Unmaps its range when it goes; move-only. Units are bytes; `offset` must be a multiple of the page size.
+class Mapping {
+ public:
+  Mapping() noexcept = default;
+  Mapping(void* base, std::size_t size) noexcept : base_(base), size_(size) {}
+  Mapping(Mapping&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Mapping& operator=(Mapping&& other) noexcept {
+    if (this != &other) {
+      reset();
+      base_ = std::exchange(other.base_, nullptr);
+      size_ = std::exchange(other.size_, 0);
+    }
+    return *this;
+  }
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  ~Mapping() { reset(); }
+
+  /// Maps `size` bytes of `fd` from `offset`, shared. `what` names the object in the error text.
+  static Result<Mapping> map(int fd, std::size_t size, int protection, off_t offset, const std::string& what,
+                             int flags = MAP_SHARED) {
+    void* base = ::mmap(nullptr, size, protection, flags, fd, offset);
+    if (base == MAP_FAILED) return fail_errno("map " + what + " (" + std::to_string(size) + " bytes)");
+    return Mapping{base, size};
+  }
+
+  [[nodiscard]] std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+  explicit operator bool() const noexcept { return base_ != nullptr; }
+  void reset() noexcept {
+    if (base_ != nullptr) ::munmap(base_, size_);
+    base_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  void* base_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace tandem
