@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Control messages between the supervisor and a backend, over an FdChannel. One message is one datagram: header, body.
+//
+// Raise kControlVersion when a body changes; a backend that is greeted with another version answers kProblem and leaves.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/layout/segment.hpp"
+
+namespace tandem {
+
+inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
+inline constexpr std::uint16_t kControlVersion = 1;
+
+enum class ControlType : std::uint16_t {
+  // supervisor -> backend
+  kWelcome = 1,   ///< WelcomeBody; fds: segment, fence slots, one wake ring per shard
+  kAttach = 2,    ///< AttachBody + XskDescription[queue_pairs]; fds: (xsk, umem) per queue pair
+  kDetach = 3,    ///< DeviceBody: forget device and uplink (its last description has nothing running)
+  kDescribe = 4,  ///< DeviceDescription; fds in its order
+  kPrune = 5,     ///< DeviceBody: drop descriptions older than the generation
+  kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard
+  kDrill = 7,     ///< DrillBody: fail on purpose
+  // backend -> supervisor
+  kReady = 100,             ///< ReadyBody: EAL up, poll threads running
+  kHeld = 101,              ///< DeviceBody: standby holds this generation
+  kInForce = 102,           ///< DeviceBody: owner of all shards it owns put this generation in force
+  kTookOver = 103,          ///< TakeoverBody, after replay
+  kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
+  kDetached = 106,          ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
+  kProblem = 105,           ///< ProblemBody: text for the log; does not by itself end anything
+};
+
+struct ControlHeader {
+  std::uint32_t magic = kControlMagic;
+  std::uint16_t version = kControlVersion;
+  ControlType type{};
+  std::uint32_t body_size = 0;
+  std::uint32_t reserved = 0;
+};
+
+enum class Polling : std::uint32_t { kAdaptive = 0, kAlways = 1 };
+
+struct WelcomeBody {
+  std::uint32_t shard_count = 1;
+  Polling polling = Polling::kAdaptive;
+};
+
+struct AttachBody {
+  std::uint32_t device = 0;
+  std::uint32_t first_queue_pair = 0;  ///< index in Segment::queue_pairs
+  std::uint32_t queue_pairs = 0;
+  std::uint32_t reserved = 0;
+};
+
+struct DeviceBody {
+  std::uint32_t device = 0;
+  std::uint32_t shard = 0;
+  std::uint64_t generation = 0;
+};
+
+struct ArmBody {
+  std::uint32_t shard = 0;
+  std::uint32_t tag = 0;
+};
+
+enum class DrillFault : std::uint32_t {
+  kBadStore = 1,  ///< a store into the read-only view of guest memory: SIGSEGV
+  kAbort = 2,     ///< abort(): SIGABRT
+  kBusError = 3,  ///< a load beyond the end of a mapped file: SIGBUS
+  kSpin = 4,      ///< an endless loop in the poll thread
+  kBlock = 5,     ///< the poll thread sleeps without having said so
+};
+
+struct DrillBody {
+  std::uint32_t shard = 0;
+  DrillFault fault{};
+};
+
+struct ReadyBody {
+  std::uint32_t shard_count = 0;
+  std::uint32_t thread_ids[kMaxShards] = {};
+  std::uint32_t segment_version = kSegmentVersion;
+};
+
+struct TakeoverBody {
+  std::uint32_t shard = 0;
+  std::uint32_t reserved = 0;
+  TakeoverTimeline timeline;
+};
+
+struct ProblemBody {
+  std::uint32_t device = 0;
+  std::uint32_t reserved = 0;
+  char text[248] = {};
+};
+
+static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
+static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 8 && sizeof(DrillBody) == 8 && sizeof(ProblemBody) == 256);
+static_assert(std::is_trivially_copyable_v<TakeoverBody>);
+
+}  // namespace tandem

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// RedoRecord: one burst that is being moved between rings, written before it happens so that an heir can finish it.
+//
+// Life of a record, all by the shard's owner: filled while `arm` is 0 (Stage); `arm` set with release order (the commit
+// point); every effect applied, each by setting a recorded value, so that doing it again changes nothing (Apply); `arm` set to
+// 0 with release order. An heir that finds `arm` not 0 checks version and CRC and applies it once more.
+//
+// The record lives in the pair segment: whatever a killed thread had stored before its last instruction is in it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace tandem {
+
+inline constexpr std::uint32_t kRedoVersion = 1;
+/// Packets in one burst at the most.
+inline constexpr std::uint32_t kBurstPackets = 32;
+/// Used elements in one burst at the most: a mergeable packet takes several receive buffers.
+inline constexpr std::uint32_t kBurstUsed = 128;
+
+enum class RedoKind : std::uint16_t {
+  kTransmit = 1,  ///< guest's transmit virtqueue -> uplink
+  kReceive = 2,   ///< uplink -> guest's receive virtqueue
+};
+
+/// A frame of the uplink's UMEM. Transmit: what to send. Receive: what goes back to the fill ring (length unused).
+struct RedoFrame {
+  std::uint64_t address;  ///< byte offset in the UMEM
+  std::uint32_t length;   ///< bytes
+  std::uint32_t reserved;
+};
+
+/// As struct vring_used_elem (Virtio 1.2, 2.7.8), host byte order; little endian on the wire.
+struct RedoUsed {
+  std::uint32_t id;
+  std::uint32_t length;
+};
+
+struct alignas(64) RedoRecord {
+  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element and frame.
+  std::atomic<std::uint64_t> arm;
+
+  std::uint32_t version;
+  RedoKind kind;
+  std::uint16_t used_count;
+  std::uint16_t frame_count;
+  std::uint16_t avail_before, avail_after;  ///< the virtqueue's next avail index
+  std::uint16_t used_before, used_after;    ///< used.idx
+  std::uint32_t queue_pair;                 ///< index in the segment
+  std::uint32_t epoch;
+  std::uint32_t padding;
+  std::uint64_t generation;                            ///< of the device description the burst was staged under
+  std::uint32_t consumer_before, consumer_after;       ///< receive: the RX ring's consumer
+  std::uint32_t producer_before, producer_after;       ///< transmit: TX ring's producer; receive: fill ring's producer
+  std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied
+  RedoFrame frames[kBurstPackets];
+  RedoUsed used[kBurstUsed];
+};
+
+static_assert(sizeof(RedoFrame) == 16 && sizeof(RedoUsed) == 8);
+static_assert(offsetof(RedoRecord, version) == 8);
+static_assert(offsetof(RedoRecord, generation) == 40);
+static_assert(offsetof(RedoRecord, frames) == 88);
+static_assert(offsetof(RedoRecord, used) == 88 + 32 * 16);
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+}  // namespace tandem

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pair segment: all datapath state of a pair that lives neither in the guest's memory nor in the kernel's rings.
+//
+// A memfd, made and held by the supervisor and the vault, mapped writable by both backends. Its content is hostile to
+// whoever takes it over: a crashed owner may have damaged it. Nothing in it is a pointer.
+//
+// Who writes: a shard's fields, its record, and its queue pairs' states only the thread that owns the shard. The owner word
+// only an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/layout/redo_record.hpp"
+
+namespace tandem {
+
+inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
+inline constexpr std::uint32_t kSegmentVersion = 1;
+inline constexpr std::uint32_t kMaxShards = 8;
+inline constexpr std::uint32_t kMaxDevices = 64;
+inline constexpr std::uint32_t kMaxQueuePairs = 256;
+/// Transmit frames per queue pair; one bit each in QueuePairState::transmit_busy.
+inline constexpr std::uint32_t kTransmitFrames = 2048;
+
+/// Why a virtqueue was stopped by its backend; the guest has to reset the device, or the front end to reconnect.
+enum class QueueFault : std::uint32_t {
+  kNone = 0,
+  kAvailJump = 1,      ///< avail.idx ran ahead by more than the ring's size
+  kMemoryFault = 2,    ///< SIGBUS: the front end took pages of guest memory away
+  kRecordInvalid = 3,  ///< takeover found a damaged redo record or cursor for this queue
+};
+
+/// Cursors and counters of one virtqueue; one cache line.
+struct alignas(64) VringState {
+  std::uint16_t next_avail;   ///< next avail entry to take
+  std::uint16_t next_used;    ///< used.idx as published
+  std::uint32_t start_count;  ///< which start of the ring these cursors belong to
+  std::uint64_t packets, bytes;
+  std::uint64_t dropped;  ///< bad chains, runts, packets without room: counted, never silently
+  std::atomic<QueueFault> fault;
+  std::uint32_t reserved;
+  std::uint64_t overflow;  ///< reserved for uplinks that count it in user space
+};
+
+struct alignas(64) QueuePairState {
+  /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its record
+  /// is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
+  std::atomic<std::uint64_t> generation;
+  std::uint64_t reserved[7];
+  VringState receive, transmit;
+  std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
+};
+
+/// How a shard came to its present owner; times are CLOCK_MONOTONIC ns, 0 for "did not happen (yet)".
+struct TakeoverTimeline {
+  std::uint64_t previous_tag;
+  std::uint64_t tag;
+  std::uint32_t epoch;
+  std::uint32_t owner_was_asleep;  ///< the dead owner had marked itself asleep: its last heartbeat says nothing
+  std::uint64_t last_heartbeat_ns;
+  std::uint64_t fence_ns;
+  std::uint64_t awake_ns;
+  std::uint64_t epoch_ns;
+  std::uint64_t replayed_ns;
+  std::uint64_t first_transaction_ns;
+  std::uint32_t record_armed;    ///< 1 if a record was found armed
+  std::uint32_t record_valid;    ///< 1 if it passed validation and was replayed
+  std::uint32_t replayed_kind;   ///< RedoKind
+  std::uint32_t replayed_packets;
+  std::uint32_t replayed_queue_pair;
+  std::uint32_t queue_pairs;  ///< running queue pairs taken over
+};
+
+struct alignas(64) ShardState {
+  /// epoch << 32 | low 32 bits of the owner's fence tag. Epoch 0, tag 0: never owned.
+  std::atomic<std::uint64_t> owner;
+  std::uint64_t reserved0[7];
+  /// Written by the owner in every round of its poll loop: TSC, and 1 while it sleeps in epoll.
+  alignas(64) std::atomic<std::uint64_t> heartbeat_tsc;
+  std::atomic<std::uint32_t> asleep;
+  std::uint32_t reserved1;
+  std::atomic<std::uint64_t> transactions;
+  alignas(64) TakeoverTimeline takeover;
+  RedoRecord record;
+};
+
+struct Segment {
+  std::uint64_t magic;
+  std::uint32_t version;
+  std::uint32_t shard_count;
+  std::uint64_t size;
+  std::uint64_t reserved[5];
+  ShardState shards[kMaxShards];
+  QueuePairState queue_pairs[kMaxQueuePairs];
+};
+
+constexpr std::uint64_t owner_word(std::uint32_t epoch, std::uint32_t tag) { return std::uint64_t{epoch} << 32 | tag; }
+constexpr std::uint32_t owner_epoch(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }
+constexpr std::uint32_t owner_tag(std::uint64_t word) { return static_cast<std::uint32_t>(word); }
+
+static_assert(sizeof(VringState) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
+static_assert(sizeof(TakeoverTimeline) <= 128);
+static_assert(offsetof(ShardState, heartbeat_tsc) == 64 && offsetof(ShardState, takeover) == 128);
+static_assert(offsetof(ShardState, record) == 256);
+static_assert(std::is_standard_layout_v<Segment>);
+
+}  // namespace tandem

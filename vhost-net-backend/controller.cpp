@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backend's side of the control channel (layout/control_message.hpp).
+#include "vhost-net-backend/controller.hpp"
+
+#include <poll.h>
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+
+namespace tandem {
+
+namespace {
+
+template <class Body>
+bool read_body(std::span<const std::byte> bytes, Body& body) {
+  if (bytes.size() < sizeof body) return false;
+  std::memcpy(&body, bytes.data(), sizeof body);
+  return true;
+}
+
+tl::unexpected<Error> malformed(const char* what) {
+  return fail(ErrorKind::kInvalid, std::string("obey the supervisor: malformed ") + what + " message");
+}
+
+Result<ControlHeader> check_header(const ChannelMessage& message) {
+  ControlHeader header;
+  if (!read_body(message.bytes, header) || header.magic != kControlMagic ||
+      header.body_size != message.bytes.size() - sizeof header)
+    return malformed("control");
+  if (header.version != kControlVersion)
+    return fail(ErrorKind::kUnsupported, "obey the supervisor: it speaks control version " +
+                                             std::to_string(header.version) + ", this backend version " +
+                                             std::to_string(kControlVersion) + "; install backend and supervisor of one release");
+  return header;
+}
+
+}  // namespace
+
+template <class Body>
+Status Controller::report(ControlType type, const Body& body) {
+  struct {
+    ControlHeader header;
+    Body body;
+  } message{};
+  message.header.type = type;
+  message.header.body_size = sizeof body;
+  message.body = body;
+  return channel_.send(std::as_bytes(std::span(&message, 1)).first(sizeof(ControlHeader) + sizeof body));
+}
+
+void Controller::problem(std::uint32_t device, const std::string& text) {
+  ProblemBody body;
+  body.device = device;
+  std::snprintf(body.text, sizeof body.text, "%s", text.c_str());
+  if (!report(ControlType::kProblem, body)) std::fprintf(stderr, "tandem-backend: %s\n", text.c_str());
+}
+
+Status Controller::greet(std::uint64_t tsc_hz) {
+  pollfd wait{channel_.fd(), POLLIN, 0};
+  while (::poll(&wait, 1, -1) < 0 && errno == EINTR) {
+  }
+  auto message = channel_.receive();
+  if (!message) return within("wait for the supervisor's greeting", std::move(message.error()));
+  auto header = check_header(*message);
+  if (!header) return tl::make_unexpected(std::move(header.error()));
+  WelcomeBody welcome;
+  if (header->type != ControlType::kWelcome ||
+      !read_body(std::span(message->bytes).subspan(sizeof(ControlHeader)), welcome) || welcome.shard_count == 0 ||
+      welcome.shard_count > kMaxShards || message->fds.size() != 2 + welcome.shard_count)
+    return malformed("welcome");
+
+  auto segment = Mapping::map(message->fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment",
+                              MAP_SHARED | MAP_POPULATE);
+  if (!segment) return tl::make_unexpected(std::move(segment.error()));
+  segment_mapping_ = std::move(*segment);
+  ::madvise(segment_mapping_.data(), segment_mapping_.size(), MADV_DONTFORK);
+  segment_ = reinterpret_cast<Segment*>(segment_mapping_.data());
+  if (segment_->magic != kSegmentMagic || segment_->version != kSegmentVersion || segment_->size != sizeof(Segment) ||
+      segment_->shard_count != welcome.shard_count)
+    return fail(ErrorKind::kUnsupported,
+                "use the pair segment: it is of version " + std::to_string(segment_->version) +
+                    ", this backend knows version " + std::to_string(kSegmentVersion) + " only; it can be no standby");
+  auto fence = FenceView::map(message->fds[1].get());
+  if (!fence) return within("map the fence", std::move(fence.error()));
+  fence_ = std::move(*fence);
+
+  for (std::uint32_t i = 0; i < welcome.shard_count; ++i) {
+    auto ring = WakeRing::open(std::move(message->fds[2 + i]));
+    if (!ring) return within("open the fence's wake ring", std::move(ring.error()));
+    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring));
+    if (!shard) return tl::make_unexpected(std::move(shard.error()));
+    shards_.push_back(std::move(*shard));
+  }
+  return {};
+}
+
+Status Controller::run() {
+  ReadyBody ready;
+  ready.shard_count = static_cast<std::uint32_t>(shards_.size());
+  for (std::uint32_t i = 0; i < shards_.size(); ++i) ready.thread_ids[i] = shards_[i]->thread_id();
+  if (auto sent = report(ControlType::kReady, ready); !sent) return sent;
+
+  std::vector<pollfd> files{{channel_.fd(), POLLIN, 0}};
+  for (const auto& shard : shards_) files.push_back({shard->event_fd(), POLLIN, 0});
+  for (;;) {
+    if (::poll(files.data(), files.size(), -1) < 0) continue;
+    if (files[0].revents != 0) {
+      bool would_block = false;
+      auto message = channel_.receive(&would_block);
+      if (!message && !would_block) {
+        if (message.error().kind == ErrorKind::kGone) return {};
+        return within("obey the supervisor", std::move(message.error()));
+      }
+      if (message) {
+        if (auto obeyed = obey(std::move(*message)); !obeyed) problem(0, obeyed.error().text);
+      }
+    }
+    for (std::uint32_t i = 0; i < shards_.size(); ++i) {
+      if (files[1 + i].revents == 0) continue;
+      for (ShardEvent& event : shards_[i]->take_events()) relay(i, event);
+    }
+  }
+}
+
+Status Controller::obey(ChannelMessage message) {
+  auto header = check_header(message);
+  if (!header) return tl::make_unexpected(std::move(header.error()));
+  const auto body = std::span<const std::byte>(message.bytes).subspan(sizeof(ControlHeader));
+  switch (header->type) {
+    case ControlType::kAttach:
+      return attach(body, std::move(message.fds));
+    case ControlType::kDescribe:
+      return describe(body, std::move(message.fds));
+    case ControlType::kDetach: {
+      DeviceBody device;
+      if (!read_body(body, device) || device.device >= kMaxDevices) return malformed("detach");
+      newest_[device.device].reset();
+      for (auto& shard : shards_) shard->post(DetachCommand{device.device});
+      return {};
+    }
+    case ControlType::kPrune: {
+      DeviceBody device;
+      if (!read_body(body, device) || device.device >= kMaxDevices) return malformed("prune");
+      for (auto& shard : shards_) shard->post(PruneCommand{device.device, device.generation});
+      return {};
+    }
+    case ControlType::kArm: {
+      ArmBody arm;
+      if (!read_body(body, arm) || arm.shard >= shards_.size() || arm.tag == 0) return malformed("arm");
+      shards_[arm.shard]->post(ArmCommand{arm.tag});
+      return {};
+    }
+    case ControlType::kDrill: {
+      DrillBody drill;
+      if (!read_body(body, drill) || drill.shard >= shards_.size()) return malformed("drill");
+      shards_[drill.shard]->post(DrillCommand{drill.fault});
+      return {};
+    }
+    default:
+      return fail(ErrorKind::kUnsupported,
+                  "obey the supervisor: unknown message " + std::to_string(static_cast<unsigned>(header->type)));
+  }
+}
+
+Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd> fds) {
+  AttachBody attach;
+  if (!read_body(body, attach)) return malformed("attach");
+  body = body.subspan(sizeof attach);
+  if (attach.device >= kMaxDevices || attach.queue_pairs == 0 || attach.queue_pairs > kMaxQueuePairsPerDevice ||
+      attach.first_queue_pair > kMaxQueuePairs - attach.queue_pairs || fds.size() != 2 * attach.queue_pairs ||
+      body.size() != attach.queue_pairs * sizeof(XskDescription))
+    return malformed("attach");
+  auto uplink = std::make_shared<Uplink>();
+  uplink->device = attach.device;
+  uplink->first_queue_pair = attach.first_queue_pair;
+  for (std::uint32_t i = 0; i < attach.queue_pairs; ++i) {
+    XskDescription description;
+    std::memcpy(&description, body.data() + i * sizeof description, sizeof description);
+    auto port = XskPort::map(description, std::move(fds[2 * i]), std::move(fds[2 * i + 1]),
+                             "uplink of device " + std::to_string(attach.device) + ", queue " + std::to_string(i));
+    if (!port) return within("attach", std::move(port.error()));
+    uplink->ports.push_back(std::move(*port));
+  }
+  for (auto& shard : shards_) shard->post(AttachCommand{uplink});
+  return {};
+}
+
+Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueFd> fds) {
+  DeviceDescription description;
+  if (!read_body(body, description) || description.device >= kMaxDevices) return malformed("describe");
+  std::vector<std::string> problems;
+  auto device = Device::make(description, std::move(fds), newest_[description.device].get(), problems);
+  for (const std::string& text : problems) problem(description.device, text);
+  if (!device) return within("describe", std::move(device.error()));
+  newest_[description.device] = *device;
+  for (auto& shard : shards_) shard->post(DescribeCommand{*device});
+  return {};
+}
+
+void Controller::relay(std::uint32_t shard, ShardEvent& event) {
+  Status sent;
+  if (const auto* held = std::get_if<HeldEvent>(&event)) {
+    sent = report(ControlType::kHeld, DeviceBody{held->device, shard, held->generation});
+  } else if (const auto* in_force = std::get_if<InForceEvent>(&event)) {
+    sent = report(ControlType::kInForce, DeviceBody{in_force->device, shard, in_force->generation});
+  } else if (const auto* detached = std::get_if<DetachedEvent>(&event)) {
+    sent = report(ControlType::kDetached, DeviceBody{detached->device, shard, 0});
+  } else if (const auto* took_over = std::get_if<TookOverEvent>(&event)) {
+    sent = report(ControlType::kTookOver, TakeoverBody{shard, 0, took_over->timeline});
+  } else if (const auto* first = std::get_if<FirstTransactionEvent>(&event)) {
+    sent = report(ControlType::kFirstTransaction, TakeoverBody{shard, 0, first->timeline});
+  } else if (const auto* text = std::get_if<ProblemEvent>(&event)) {
+    problem(text->device, text->text);
+  }
+  // GarbageEvent: destroyed with the vector. A report that cannot be sent is lost with its reader; the segment has the facts.
+  if (!sent) std::fprintf(stderr, "tandem-backend: report to the supervisor: %s\n", sent.error().text.c_str());
+}
+
+}  // namespace tandem

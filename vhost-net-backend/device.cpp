@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a description and its descriptors to mapped memory and bound virtqueues.
+#include "vhost-net-backend/device.hpp"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace tandem {
+
+namespace {
+
+std::vector<std::uint64_t> identify_files(const DeviceDescription& description, std::span<const UniqueFd> fds) {
+  std::vector<std::uint64_t> identity;
+  for (std::uint32_t i = 0; i < description.region_count; ++i) {
+    struct stat status {};
+    ::fstat(fds[i].get(), &status);
+    identity.push_back(status.st_dev);
+    identity.push_back(status.st_ino);
+  }
+  return identity;
+}
+
+bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
+  return a.region_count == b.region_count &&
+         std::memcmp(a.regions, b.regions, a.region_count * sizeof(MemoryRegion)) == 0;
+}
+
+}  // namespace
+
+Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& description, std::vector<UniqueFd> fds,
+                                                   const Device* previous, std::vector<std::string>& problems) {
+  const std::string what = "device " + std::to_string(description.device) + ", generation " +
+                           std::to_string(description.generation);
+  if (description.version != kDeviceDescriptionVersion || description.region_count > kMaxMemoryRegions ||
+      description.queue_pairs > kMaxQueuePairsPerDevice)
+    return fail(ErrorKind::kInvalid, what + ": the description is malformed or of another version");
+  std::size_t wanted = description.region_count;
+  for (std::uint32_t i = 0; i < 2 * description.queue_pairs; ++i) {
+    wanted += (description.vrings[i].flags & VringDescription::kHasKick) != 0;
+    wanted += (description.vrings[i].flags & VringDescription::kHasCall) != 0;
+  }
+  if (fds.size() != wanted)
+    return fail(ErrorKind::kInvalid, what + ": came with " + std::to_string(fds.size()) + " descriptors instead of " +
+                                         std::to_string(wanted));
+
+  std::shared_ptr<Device> device{new Device};
+  device->description_ = description;
+  device->region_files_ = identify_files(description, fds);
+  if (previous != nullptr && same_regions(description, previous->description_) &&
+      device->region_files_ == previous->region_files_) {
+    device->memory_ = previous->memory_;
+  } else {
+    auto memory = GuestMemory::map(description, fds);
+    if (!memory) return within(what, std::move(memory.error()));
+    device->memory_ = std::move(*memory);
+  }
+  std::size_t next_fd = description.region_count;
+  for (std::uint32_t i = 0; i < 2 * description.queue_pairs; ++i) {
+    const VringDescription& vring = description.vrings[i];
+    BoundQueue bound;
+    bound.start_count = vring.start_count;
+    if ((vring.flags & VringDescription::kHasKick) != 0) bound.kick_fd = fds[next_fd++].get();
+    if ((vring.flags & VringDescription::kHasCall) != 0) bound.call_fd = fds[next_fd++].get();
+    if ((vring.flags & VringDescription::kRunning) != 0) {
+      auto queue = SplitQueue::bind(*device->memory_, vring, description.features);
+      if (queue)
+        bound.queue = *queue;
+      else
+        problems.push_back(what + ", vring " + std::to_string(i) + ": " + queue.error().text);
+    }
+    device->vrings_.push_back(bound);
+  }
+  device->fds_ = std::move(fds);
+  return std::shared_ptr<const Device>(std::move(device));
+}
+
+}  // namespace tandem

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device: one generation of a device description, mapped and ready to serve; Uplink: the ports of its queue pairs.
+//
+// Both are made by the control thread and handed to poll threads through shared ownership, immutable from then on, so that a
+// poll thread changes generation by changing a pointer. Poll threads give them back for destruction (unmapping takes time).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/layout/device_description.hpp"
+#include "common/unique_fd.hpp"
+#include "vhost-net-backend/guest_memory.hpp"
+#include "vhost-net-backend/queue_pair.hpp"
+
+namespace tandem {
+
+class Device {
+ public:
+  /// Maps memory (shared with `previous` if it is the same) and binds every running vring. `fds` in the order of
+  /// device_description.hpp; all are consumed. A vring that cannot be bound is left out and named in `problems`.
+  static Result<std::shared_ptr<const Device>> make(const DeviceDescription& description, std::vector<UniqueFd> fds,
+                                                    const Device* previous, std::vector<std::string>& problems);
+
+  [[nodiscard]] const DeviceDescription& description() const { return description_; }
+  [[nodiscard]] const GuestMemory* memory() const { return memory_.get(); }
+  /// vring 2n: receive, 2n+1: transmit; unbound if not running.
+  [[nodiscard]] const BoundQueue& vring(std::uint32_t index) const { return vrings_[index]; }
+
+ private:
+  Device() = default;
+  DeviceDescription description_{};
+  std::vector<UniqueFd> fds_;
+  std::vector<std::uint64_t> region_files_;  // (device, inode) of each region, to recognise unchanged memory
+  std::shared_ptr<GuestMemory> memory_;
+  std::vector<BoundQueue> vrings_;
+};
+
+struct Uplink {
+  std::uint32_t device = 0;
+  std::uint32_t first_queue_pair = 0;
+  std::vector<std::unique_ptr<XskPort>> ports;
+};
+
+}  // namespace tandem

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// GuestMemory: one device's memory regions, seen read-only, and the one door through which they may be written.
+//
+// Each region is mapped twice. The view is read-only: every read goes there, and a stray store through a pointer into it is a
+// SIGSEGV, which is a failover, not corruption. The window is writable, behind a protection key where the CPU has them, and its
+// addresses never leave this class except as a WritableSpan, whose bounds are those of one descriptor (or of one used ring)
+// that was validated for the transaction in hand: the write authorization of design section 5.
+//
+// Thread: made and destroyed by the control thread, used by poll threads through shared ownership. Excluded from core dumps,
+// not inherited by children, never populated wholesale.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "common/layout/device_description.hpp"
+#include "common/mapping.hpp"
+#include "common/result.hpp"
+#include "common/unique_fd.hpp"
+
+namespace tandem {
+
+/// Writable bytes of guest memory that the current transaction is authorized to write. Valid while its GuestMemory is.
+class WritableSpan {
+ public:
+  WritableSpan() = default;
+  [[nodiscard]] std::size_t size() const { return size_; }
+  [[nodiscard]] std::byte* data() const { return data_; }
+
+ private:
+  friend class GuestMemory;
+  WritableSpan(std::byte* data, std::size_t size) : data_(data), size_(size) {}
+  std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+class GuestMemory {
+ public:
+  /// Maps all regions of `description`, whose first `region_count` descriptors are `fds`. The regions were validated by vmm/; what a
+  /// mapping needs is checked again here, because a backend trusts nobody with its own address space.
+  static Result<std::shared_ptr<GuestMemory>> map(const DeviceDescription& description, std::span<const UniqueFd> fds);
+  ~GuestMemory();
+  GuestMemory(const GuestMemory&) = delete;
+  GuestMemory& operator=(const GuestMemory&) = delete;
+
+  /// Guest-physical range for reading; nullptr unless [address, address + length) lies in one region and length > 0.
+  [[nodiscard]] const std::byte* view(std::uint64_t address, std::uint64_t length) const {
+    const Region* region = find(address, length);
+    return region == nullptr ? nullptr : region->view + (address - region->guest_address);
+  }
+  /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross regions.
+  [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const;
+  /// The same for writing: call only with a range that a device-writable descriptor of this transaction names.
+  [[nodiscard]] WritableSpan authorize_some(std::uint64_t address, std::uint64_t length) const;
+
+  /// Front-end (user) address range: vring addresses use these.
+  [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
+  [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
+
+  /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device stops.
+  [[nodiscard]] bool faulted() const { return faulted_.load(std::memory_order_relaxed); }
+
+ private:
+  struct Region {
+    std::uint64_t guest_address, user_address, size;
+    const std::byte* view;
+    std::byte* window;
+    Mapping view_mapping, window_mapping;
+  };
+  GuestMemory() = default;
+  [[nodiscard]] const Region* find(std::uint64_t address, std::uint64_t length) const;
+  [[nodiscard]] const Region* find_user(std::uint64_t address, std::uint64_t length) const;
+
+  Region regions_[kMaxMemoryRegions];
+  std::uint32_t count_ = 0;
+  std::atomic<bool> faulted_{false};
+};
+
+/// While one lives, this thread may write through windows (no-op without protection keys). Not nested.
+class WindowOpen {
+ public:
+  WindowOpen();
+  ~WindowOpen();
+  WindowOpen(const WindowOpen&) = delete;
+  WindowOpen& operator=(const WindowOpen&) = delete;
+};
+
+/// Installs the SIGBUS handler: a fault inside some GuestMemory turns that mapping into private zeroes and sets faulted(); any other
+/// SIGBUS keeps its default action, so that the fence sees a death. Once per process, before poll threads start.
+Status install_guest_fault_handler();
+
+/// True if windows are behind a protection key.
+bool guest_windows_have_key();
+
+}  // namespace tandem

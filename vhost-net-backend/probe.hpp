@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// Probe points: names for the moments of a transaction, so that a test can kill a process exactly there.
+//
+// In shipping builds a probe is nothing. Test builds of this library define TANDEM_PROBES and call tandem_probe(), which the test
+// provides.
+#pragma once
+
+namespace tandem {
+
+enum class ProbePoint {
+  kStaged,              ///< payload copied, record filled, not armed
+  kArmed,               ///< past the commit point
+  kFramesMarked,        ///< transmit: busy bits set
+  kDestinationWritten,  ///< entries written, producer not moved
+  kDestinationPublished,
+  kSourceWritten,
+  kSourcePublished,
+  kCursorsAdvanced,
+  kDisarmed,
+  kNotified,
+  kCompletionCleared,   ///< busy bits of completed frames cleared, completion ring's consumer not moved
+  kTakeoverEpoch,       ///< heir holds the epoch, nothing replayed
+  kTakeoverReplayed,
+  kCount,
+};
+
+}  // namespace tandem
+
+#ifdef TANDEM_PROBES
+extern "C" void tandem_probe(tandem::ProbePoint point) noexcept;
+#define TANDEM_PROBE(point) tandem_probe(::tandem::ProbePoint::point)
+#else
+#define TANDEM_PROBE(point) static_cast<void>(0)
+#endif

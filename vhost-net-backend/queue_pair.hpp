@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// QueuePair: moves packets between one pair of virtqueues and one uplink queue, each burst a transaction (design section 1).
+//
+// What is here can be thrown away at any instruction: cursors are in the pair segment, ring indices in shared rings.
+// Thread: the shard's owner only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "common/layout/segment.hpp"
+#include "vhost-net-backend/guest_memory.hpp"
+#include "vhost-net-backend/split_queue.hpp"
+#include "vhost-net-backend/xsk_port.hpp"
+
+namespace tandem {
+
+/// One virtqueue of a queue pair with its two eventfds (not owned here; -1: none).
+struct BoundQueue {
+  SplitQueue queue;
+  int kick_fd = -1;
+  int call_fd = -1;
+  std::uint32_t start_count = 0;
+};
+
+struct QueuePair {
+  std::uint32_t index = 0;  ///< in Segment::queue_pairs
+  QueuePairState* state = nullptr;
+  ShardState* shard = nullptr;
+  std::uint32_t epoch = 0;
+  std::uint64_t generation = 0;
+  const GuestMemory* memory = nullptr;
+  XskPort* port = nullptr;
+  std::uint32_t header_size = 12;  ///< 12 with VERSION_1 or MRG_RXBUF, else 10 (Virtio 1.2, 5.1.6)
+  bool mergeable = false;
+  BoundQueue receive, transmit;
+  std::uint32_t frame_hint = 0;  ///< where to look first for a free transmit frame; private, any value will do
+  bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
+  bool receive_starved = false;   ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
+  std::uint16_t starved_avail = 0;  ///< avail.idx when that was found
+
+  [[nodiscard]] bool can_transmit() const {
+    return transmit.queue.bound() && state->transmit.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
+  }
+  [[nodiscard]] bool can_receive() const {
+    return receive.queue.bound() && state->receive.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
+  }
+};
+
+/// Guest -> uplink, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring entries moved, 0 when there was
+/// nothing to do or no room. The record is disarmed on return.
+std::uint32_t transmit_burst(QueuePair& pair);
+std::uint32_t receive_burst(QueuePair& pair);
+
+/// Frees transmit frames that the kernel has completed. Never between arm and disarm.
+void drain_completions(QueuePair& pair);
+
+/// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had told them.
+void notify_all(QueuePair& pair);
+
+/// Outcome of looking at a record that a dead owner left.
+enum class ReplayResult {
+  kEmpty,     ///< not armed: nothing had been promised
+  kReplayed,  ///< applied and disarmed
+  kInvalid,   ///< damaged (CRC, version, cursors): disarmed, the queue stopped with QueueFault::kRecordInvalid
+  kUnmapped,  ///< its device description is not at hand: left armed
+};
+
+/// True if `record` is armed and its version, counts and CRC are right.
+bool record_is_valid(const RedoRecord& record);
+/// Replays `pair.shard->record`, which must be valid and name this queue pair and its generation.
+ReplayResult replay(QueuePair& pair);
+
+/// Whether there is work: entries or packets waiting that could be moved.
+bool has_work(const QueuePair& pair);
+
+}  // namespace tandem

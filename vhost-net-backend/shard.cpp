@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// The poll thread: commands from the control thread, the heir's wait, the owner's loop, sleeping and waking.
+#include "vhost-net-backend/shard.hpp"
+
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <ctime>
+
+#include <rte_cycles.h>
+#include <rte_pause.h>
+
+namespace tandem {
+
+namespace {
+
+// How long an owner polls without finding work before it goes to sleep: about the price of going to sleep and waking.
+constexpr std::uint64_t kIdleMicroseconds = 20;
+// What woke us, in epoll_event::data: the control thread, or a file of queue pair n.
+constexpr std::uint64_t kMailbox = ~std::uint64_t{0};
+// While the uplink takes frames late, or a queue has no kick fd, sleep no longer than this.
+constexpr int kShortSleepMs = 1;
+
+}  // namespace
+
+std::uint64_t monotonic_ns() {
+  timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
+}
+
+Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring) {
+  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring))};
+  shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
+  return shard;
+}
+
+void Shard::post(ShardCommand command) {
+  {
+    const std::lock_guard lock(mutex_);
+    commands_.push_back(std::move(command));
+    has_commands_.store(true, std::memory_order_release);
+  }
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
+}
+
+std::vector<ShardEvent> Shard::take_events() {
+  std::uint64_t count = 0;
+  [[maybe_unused]] const ssize_t got = ::read(event_fd_.get(), &count, sizeof count);
+  const std::lock_guard lock(mutex_);
+  return std::exchange(events_, {});
+}
+
+void Shard::say(ShardEvent event) {
+  {
+    const std::lock_guard lock(mutex_);
+    events_.push_back(std::move(event));
+  }
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = ::write(event_fd_.get(), &one, sizeof one);
+}
+
+void Shard::discard(std::shared_ptr<const void> object) {
+  if (object) say(GarbageEvent{std::move(object)});
+}
+
+void Shard::run_commands() {
+  std::deque<ShardCommand> commands;
+  {
+    const std::lock_guard lock(mutex_);
+    commands.swap(commands_);
+    has_commands_.store(false, std::memory_order_relaxed);
+  }
+  for (ShardCommand& command : commands)
+    std::visit([this](auto& alternative) { execute(alternative); }, command);
+}
+
+void Shard::execute(AttachCommand& command) {
+  Served& served = devices_[command.uplink->device];
+  discard(std::exchange(served.uplink, std::move(command.uplink)));
+  if (owner_) rebuild_pairs();
+}
+
+void Shard::execute(DetachCommand& command) {
+  Served& served = devices_[command.device];
+  Served gone = std::exchange(served, {});
+  if (owner_) rebuild_pairs();
+  discard(std::move(gone.uplink));
+  discard(std::move(gone.in_force));
+  for (auto& device : gone.held) discard(std::move(device));
+  say(DetachedEvent{command.device});
+}
+
+void Shard::execute(DescribeCommand& command) {
+  const std::uint32_t index = command.device->description().device;
+  const std::uint64_t generation = command.device->description().generation;
+  Served& served = devices_[index];
+  if (!served.held.empty() && served.held.back()->description().generation >= generation) {
+    discard(std::move(command.device));  // said twice, by a supervisor that died in between
+  } else {
+    served.held.push_back(std::move(command.device));
+  }
+  if (owner_)
+    put_in_force(index);
+  else
+    say(HeldEvent{index, generation});
+}
+
+void Shard::execute(PruneCommand& command) { prune(devices_[command.device], command.generation); }
+
+void Shard::execute(ArmCommand& command) { tag_ = command.tag; }
+
+void Shard::execute(DrillCommand& command) {
+  const std::byte* read_only = nullptr;
+  for (const Served& served : devices_)
+    if (served.in_force && served.in_force->description().region_count > 0)
+      read_only = served.in_force->memory()->view_some(served.in_force->description().regions[0].guest_address, 1).data();
+  fail_on_purpose(command.fault, read_only);
+}
+
+void Shard::execute(StopCommand&) { stop_ = true; }
+
+void Shard::prune(Served& served, std::uint64_t below) {
+  std::erase_if(served.held, [&](std::shared_ptr<const Device>& device) {
+    if (device->description().generation >= below || device == served.in_force) return false;
+    discard(std::move(device));
+    return true;
+  });
+}
+
+// Makes the newest description the one in force. The record is empty here: commands run between transactions.
+void Shard::put_in_force(std::uint32_t device) {
+  Served& served = devices_[device];
+  if (served.held.empty() || !served.uplink) return;
+  const std::shared_ptr<const Device> newest = served.held.back();
+  const std::uint64_t generation = newest->description().generation;
+  if (served.in_force != newest) {
+    const auto count = std::min<std::size_t>(newest->description().queue_pairs, served.uplink->ports.size());
+    for (std::uint32_t n = 0; n < count; ++n) {
+      const std::uint32_t index = served.uplink->first_queue_pair + n;
+      if (!serves(index)) continue;
+      QueuePairState& pair = config_.segment->queue_pairs[index];
+      for (const std::uint32_t vring : {2 * n, 2 * n + 1}) {
+        const BoundQueue& bound = newest->vring(vring);
+        VringState& cursors = vring % 2 == 0 ? pair.receive : pair.transmit;
+        if (!bound.queue.bound() || cursors.start_count == bound.start_count) continue;
+        // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count goes last, so
+        // that an heir who finds us dead in between does it over.
+        cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
+        cursors.next_used = bound.queue.used_index();
+        cursors.fault.store(QueueFault::kNone, std::memory_order_relaxed);
+        std::atomic_ref<std::uint32_t>(cursors.start_count).store(bound.start_count, std::memory_order_release);
+      }
+    }
+    served.in_force = newest;
+    rebuild_pairs();
+    // Release: whoever reads N knows that nothing is written under N-1 any more.
+    for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
+    prune(served, generation);
+  }
+  say(InForceEvent{device, generation});
+}
+
+void Shard::rebuild_pairs() {
+  pairs_.clear();
+  for (const Served& served : devices_) {
+    if (!served.uplink || !served.in_force) continue;
+    const DeviceDescription& description = served.in_force->description();
+    const auto count = std::min<std::size_t>(description.queue_pairs, served.uplink->ports.size());
+    for (std::uint32_t n = 0; n < count; ++n) {
+      const std::uint32_t index = served.uplink->first_queue_pair + n;
+      const BoundQueue& receive = served.in_force->vring(2 * n);
+      const BoundQueue& transmit = served.in_force->vring(2 * n + 1);
+      if (!serves(index) || (!receive.queue.bound() && !transmit.queue.bound())) continue;
+      QueuePair pair;
+      pair.index = index;
+      pair.state = &config_.segment->queue_pairs[index];
+      pair.shard = &state();
+      pair.epoch = epoch_;
+      pair.generation = description.generation;
+      pair.memory = served.in_force->memory();
+      pair.port = served.uplink->ports[n].get();
+      constexpr std::uint64_t kLongHeader = std::uint64_t{1} << 32 | std::uint64_t{1} << 15;  // VERSION_1, MRG_RXBUF
+      pair.header_size = (description.features & kLongHeader) != 0 ? 12 : 10;
+      pair.mergeable = (description.features & (std::uint64_t{1} << 15)) != 0;
+      pair.receive = receive;
+      pair.transmit = transmit;
+      pairs_.push_back(pair);
+    }
+  }
+  build_epoll();
+}
+
+void Shard::build_epoll() {
+  epoll_ = UniqueFd{::epoll_create1(EPOLL_CLOEXEC)};
+  kick_fd_missing_ = false;
+  receive_event_armed_.assign(pairs_.size(), false);
+  const auto add = [this](int fd, std::uint32_t events, std::uint64_t data) {
+    epoll_event event{};
+    event.events = events;
+    event.data.u64 = data;
+    return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) == 0 || errno == EEXIST;
+  };
+  bool complete = epoll_.get() >= 0 && add(wake_fd_.get(), EPOLLIN, kMailbox);
+  for (std::size_t i = 0; i < pairs_.size(); ++i) {
+    for (const BoundQueue* bound : {&pairs_[i].receive, &pairs_[i].transmit}) {
+      if (!bound->queue.bound()) continue;
+      // Edge-triggered: every kick is an edge, so nobody has to read the counter back.
+      if (bound->kick_fd < 0 || !add(bound->kick_fd, EPOLLIN | EPOLLET, i)) kick_fd_missing_ = true;
+    }
+    if (pairs_[i].port->fd() >= 0) complete = add(pairs_[i].port->fd(), 0, i) && complete;
+    arm_receive_event(i, pairs_[i].can_receive());
+  }
+  // Without a complete set we would sleep through events: poll with short sleeps instead, and say so.
+  if (!complete) {
+    kick_fd_missing_ = true;
+    say(ProblemEvent{0, "watch the queues' files with epoll: " + std::string(std::strerror(errno)) +
+                            "; polling every millisecond instead; raise the limit of open files"});
+  }
+}
+
+void Shard::arm_receive_event(std::size_t pair, bool wanted) {
+  if (receive_event_armed_[pair] == wanted || pairs_[pair].port->fd() < 0) return;
+  epoll_event event{};
+  event.events = wanted ? EPOLLIN : 0u;
+  event.data.u64 = pair;
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, pairs_[pair].port->fd(), &event);
+  receive_event_armed_[pair] = wanted;
+}
+
+void Shard::run() {
+  { const WindowOpen settle; }  // gives this thread the key's default: windows readable, not writable
+  thread_id_.store(static_cast<std::uint32_t>(::gettid()), std::memory_order_release);
+  say(GarbageEvent{});
+  while (!stop_) {
+    wait_as_heir();
+    if (!stop_ && take_over()) poll_as_owner();
+  }
+}
+
+void Shard::wait_as_heir() {
+  const UniqueFd epoll{::epoll_create1(EPOLL_CLOEXEC)};
+  epoll_event event{};
+  event.events = EPOLLIN;
+  ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, wake_fd_.get(), &event);
+  ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, ring_.fd(), &event);
+  while (!stop_) {
+    run_commands();
+    // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
+    const std::uint32_t owner = owner_tag(state().owner.load(std::memory_order_acquire));
+    if (tag_ != 0 && config_.fence->dead(owner)) return;
+    epoll_event woken[2];
+    if (::epoll_wait(epoll.get(), woken, 2, -1) < 0) continue;
+    ring_.drain();
+    std::uint64_t count = 0;
+    [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
+  }
+}
+
+bool Shard::poll_once() {
+  bool worked = false;
+  for (QueuePair& pair : pairs_) {
+    if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
+    if (pair.can_transmit()) worked |= transmit_burst(pair) != 0;
+    if (pair.can_receive()) worked |= receive_burst(pair) != 0;
+  }
+  return worked;
+}
+
+void Shard::poll_as_owner() {
+  ShardState& shard = state();
+  const std::uint64_t idle_cycles = config_.tsc_hz / 1'000'000 * kIdleMicroseconds;
+  std::uint64_t last_work = rte_rdtsc();
+  while (!stop_) {
+    const std::uint64_t now = rte_rdtsc();
+    shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
+    if (has_commands_.load(std::memory_order_relaxed)) {
+      run_commands();
+      last_work = now;
+    }
+    if (poll_once()) {
+      last_work = now;
+      if (first_transaction_pending_) note_first_transaction();
+    } else if (config_.polling == Polling::kAdaptive && now - last_work > idle_cycles) {
+      sleep();
+      last_work = rte_rdtsc();
+    } else {
+      rte_pause();
+    }
+  }
+}
+
+void Shard::sleep() {
+  {
+    const WindowOpen window;
+    for (QueuePair& pair : pairs_) {
+      if (pair.can_transmit()) pair.transmit.queue.enable_kicks(pair.state->transmit.next_avail);
+      if (pair.can_receive() && pair.receive_starved) pair.receive.queue.enable_kicks(pair.starved_avail);
+    }
+  }
+  int timeout = kick_fd_missing_ ? kShortSleepMs : -1;
+  bool work = false;
+  for (std::size_t i = 0; i < pairs_.size(); ++i) {
+    if (pairs_[i].transmit_pending) timeout = kShortSleepMs;
+    // A starved receive queue waits for the guest: its socket stays readable and would keep us awake.
+    arm_receive_event(i, pairs_[i].can_receive() && !pairs_[i].receive_starved);
+    work = work || has_work(pairs_[i]);
+  }
+  ShardState& shard = state();
+  shard.asleep.store(1, std::memory_order_release);
+  epoll_event woken[16];
+  const int count = ::epoll_wait(epoll_.get(), woken, 16, work ? 0 : timeout);
+  shard.heartbeat_tsc.store(rte_rdtsc(), std::memory_order_relaxed);
+  shard.asleep.store(0, std::memory_order_release);
+  for (int i = 0; i < count; ++i) {
+    std::uint64_t value = 0;
+    if (woken[i].data.u64 == kMailbox) {
+      [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &value, sizeof value);
+    }
+  }
+  const WindowOpen window;
+  for (QueuePair& pair : pairs_) {
+    if (pair.can_transmit()) pair.transmit.queue.disable_kicks();
+    if (pair.can_receive()) pair.receive.queue.disable_kicks();
+  }
+}
+
+void Shard::note_first_transaction() {
+  ShardState& shard = state();
+  if (shard.transactions.load(std::memory_order_relaxed) == transactions_at_takeover_) return;
+  first_transaction_pending_ = false;
+  shard.takeover.first_transaction_ns = monotonic_ns();
+  say(FirstTransactionEvent{shard.takeover});
+}
+
+}  // namespace tandem

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shard: one poll thread, first as heir, then as owner of a set of queue pairs.
+//
+// Heir: holds device descriptions, waits for the fence to say that the shard's owner is dead, then takes over (takeover.cpp).
+// Owner: polls its queue pairs, busy while there is work, asleep in epoll when there is none (design section 3).
+//
+// Threads: run() is the poll thread; everything public besides it may be called by the control thread. The two share a mailbox;
+// what the poll thread has to say comes back through take_events() after event_fd() became readable.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/fence_view.hpp"
+#include "common/layout/control_message.hpp"
+#include "common/layout/segment.hpp"
+#include "common/wake_ring.hpp"
+#include "vhost-net-backend/device.hpp"
+
+namespace tandem {
+
+struct AttachCommand {
+  std::shared_ptr<const Uplink> uplink;
+};
+struct DetachCommand {
+  std::uint32_t device;
+};
+struct DescribeCommand {
+  std::shared_ptr<const Device> device;
+};
+struct PruneCommand {
+  std::uint32_t device;
+  std::uint64_t generation;
+};
+struct ArmCommand {
+  std::uint32_t tag;
+};
+struct DrillCommand {
+  DrillFault fault;
+};
+struct StopCommand {};
+using ShardCommand =
+    std::variant<AttachCommand, DetachCommand, DescribeCommand, PruneCommand, ArmCommand, DrillCommand, StopCommand>;
+
+struct HeldEvent {
+  std::uint32_t device;
+  std::uint64_t generation;
+};
+struct InForceEvent {
+  std::uint32_t device;
+  std::uint64_t generation;
+};
+struct DetachedEvent {
+  std::uint32_t device;
+};
+struct TookOverEvent {
+  TakeoverTimeline timeline;
+};
+struct FirstTransactionEvent {
+  TakeoverTimeline timeline;
+};
+struct ProblemEvent {
+  std::uint32_t device;
+  std::string text;
+};
+/// Something the poll thread no longer needs; destroying it is the control thread's work.
+struct GarbageEvent {
+  std::shared_ptr<const void> object;
+};
+using ShardEvent = std::variant<HeldEvent, InForceEvent, DetachedEvent, TookOverEvent, FirstTransactionEvent,
+                                ProblemEvent, GarbageEvent>;
+
+struct ShardConfig {
+  std::uint32_t index = 0;
+  Segment* segment = nullptr;  ///< mapped by the caller for the shard's whole life
+  const FenceView* fence = nullptr;
+  Polling polling = Polling::kAdaptive;
+  std::uint64_t tsc_hz = 0;  ///< cycles of heartbeat_tsc in a second
+};
+
+class Shard {
+ public:
+  static Result<std::unique_ptr<Shard>> make(const ShardConfig& config, WakeRing ring);
+
+  void run();
+  void post(ShardCommand command);
+  [[nodiscard]] int event_fd() const { return event_fd_.get(); }
+  std::vector<ShardEvent> take_events();
+  /// The poll thread's id in this pid namespace; 0 until run() has begun.
+  [[nodiscard]] std::uint32_t thread_id() const { return thread_id_.load(std::memory_order_acquire); }
+
+ private:
+  // One device as this shard knows it. `held` is ordered by generation; the one in force is among them.
+  struct Served {
+    std::shared_ptr<const Uplink> uplink;
+    std::vector<std::shared_ptr<const Device>> held;
+    std::shared_ptr<const Device> in_force;
+  };
+
+  Shard(const ShardConfig& config, WakeRing ring) : config_(config), ring_(std::move(ring)) {}
+  ShardState& state() { return config_.segment->shards[config_.index]; }
+  void say(ShardEvent event);
+  void discard(std::shared_ptr<const void> object);
+
+  // shard.cpp: commands
+  void run_commands();
+  void execute(AttachCommand& command);
+  void execute(DetachCommand& command);
+  void execute(DescribeCommand& command);
+  void execute(PruneCommand& command);
+  void execute(ArmCommand& command);
+  void execute(DrillCommand& command);
+  void execute(StopCommand& command);
+  bool serves(std::uint32_t queue_pair) const {
+    return queue_pair < kMaxQueuePairs && queue_pair % config_.segment->shard_count == config_.index;
+  }
+  // The states of this shard's queue pairs of a device that has an uplink.
+  template <class Visitor>
+  void for_each_pair(const Served& served, Visitor visit) {
+    for (std::uint32_t n = 0; n < served.uplink->ports.size(); ++n)
+      if (serves(served.uplink->first_queue_pair + n))
+        visit(config_.segment->queue_pairs[served.uplink->first_queue_pair + n]);
+  }
+  void put_in_force(std::uint32_t device);
+  void rebuild_pairs();
+  void prune(Served& served, std::uint64_t below);
+
+  // shard.cpp: the two loops
+  void wait_as_heir();
+  void poll_as_owner();
+  bool poll_once();
+  void sleep();
+  void build_epoll();
+  void arm_receive_event(std::size_t pair, bool wanted);
+  void note_first_transaction();
+
+  // takeover.cpp
+  bool take_over();
+  void adopt_generations();
+  void replay_record(TakeoverTimeline& timeline);
+
+  ShardConfig config_;
+  WakeRing ring_;
+  UniqueFd wake_fd_, event_fd_, epoll_;
+  std::atomic<std::uint32_t> thread_id_{0};
+
+  std::mutex mutex_;  // guards commands_ and events_; the poll thread takes it only when has_commands_ is set
+  std::atomic<bool> has_commands_{false};
+  std::deque<ShardCommand> commands_;
+  std::vector<ShardEvent> events_;
+
+  // Poll thread only.
+  bool stop_ = false;
+  bool owner_ = false;
+  std::uint32_t tag_ = 0;
+  std::uint32_t epoch_ = 0;
+  std::vector<Served> devices_{kMaxDevices};
+  std::vector<QueuePair> pairs_;
+  std::vector<bool> receive_event_armed_;
+  bool kick_fd_missing_ = false;
+  std::uint64_t transactions_at_takeover_ = 0;
+  bool first_transaction_pending_ = false;
+};
+
+/// Fails on purpose, in the calling thread, as `virt-tandem drill` asks. kBadStore stores into `read_only`.
+void fail_on_purpose(DrillFault fault, const std::byte* read_only);
+
+/// CLOCK_MONOTONIC in nanoseconds, the clock of the fence's marks.
+std::uint64_t monotonic_ns();
+
+}  // namespace tandem

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Takeover: what an heir does between seeing its predecessor dead and polling (design section 3).
+//
+// Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain completions
+// and notify both sides of everything, for the dead owner may have died between publishing and telling; put newer descriptions
+// in force. A second death anywhere in here leaves a state from which the next heir does the same again.
+#include <algorithm>
+
+#include <rte_cycles.h>
+
+#include "vhost-net-backend/probe.hpp"
+#include "vhost-net-backend/shard.hpp"
+
+namespace tandem {
+
+bool Shard::take_over() {
+  ShardState& shard = state();
+  const std::uint64_t awake = monotonic_ns();
+  std::uint64_t word = shard.owner.load(std::memory_order_acquire);
+  const std::uint32_t previous = owner_tag(word);
+  if (!config_.fence->dead(previous)) return false;
+  epoch_ = owner_epoch(word) + 1;
+  if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, tag_), std::memory_order_acq_rel)) return false;
+  TANDEM_PROBE(kTakeoverEpoch);
+  owner_ = true;
+
+  TakeoverTimeline timeline{};
+  timeline.previous_tag = previous;
+  timeline.tag = tag_;
+  timeline.epoch = epoch_;
+  timeline.awake_ns = awake;
+  timeline.epoch_ns = monotonic_ns();
+  timeline.fence_ns = config_.fence->slot(previous).time_ns;
+  timeline.owner_was_asleep = shard.asleep.load(std::memory_order_relaxed);
+  const std::uint64_t beat = shard.heartbeat_tsc.load(std::memory_order_relaxed);
+  if (previous != 0 && beat != 0) {
+    const double age = static_cast<double>(rte_rdtsc() - beat) * 1e9 / static_cast<double>(config_.tsc_hz);
+    timeline.last_heartbeat_ns = monotonic_ns() - static_cast<std::uint64_t>(std::max(age, 0.0));
+  }
+
+  adopt_generations();
+  replay_record(timeline);
+  TANDEM_PROBE(kTakeoverReplayed);
+  timeline.replayed_ns = monotonic_ns();
+  timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
+  for (QueuePair& pair : pairs_) notify_all(pair);
+  shard.asleep.store(0, std::memory_order_relaxed);
+  shard.takeover = timeline;
+  transactions_at_takeover_ = shard.transactions.load(std::memory_order_relaxed);
+  first_transaction_pending_ = true;
+  say(TookOverEvent{timeline});
+  for (std::uint32_t device = 0; device < kMaxDevices; ++device)
+    if (devices_[device].uplink) put_in_force(device);
+  return true;
+}
+
+// Binds every device under the generation that its queue pairs were served with.
+void Shard::adopt_generations() {
+  for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
+    Served& served = devices_[device];
+    if (!served.uplink) continue;
+    // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all cursors
+    // for the new one and had moved no packet since, so the newest stands for all.
+    std::uint64_t generation = 0;
+    for_each_pair(served, [&](QueuePairState& pair) {
+      generation = std::max(generation, pair.generation.load(std::memory_order_acquire));
+    });
+    if (generation == 0) continue;
+    const auto found = std::find_if(served.held.begin(), served.held.end(), [&](const auto& held) {
+      return held->description().generation == generation;
+    });
+    if (found == served.held.end()) {
+      say(ProblemEvent{device, "take over: generation " + std::to_string(generation) +
+                                   " of this device's description is not held here; it waits for a newer one"});
+      continue;
+    }
+    served.in_force = *found;
+    for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
+  }
+  rebuild_pairs();
+}
+
+void Shard::replay_record(TakeoverTimeline& timeline) {
+  RedoRecord& record = state().record;
+  if (record.arm.load(std::memory_order_acquire) == 0) return;
+  timeline.record_armed = 1;
+  const auto pair = std::find_if(pairs_.begin(), pairs_.end(), [&](const QueuePair& candidate) {
+    return candidate.index == record.queue_pair && candidate.generation == record.generation;
+  });
+  if (!record_is_valid(record) || pair == pairs_.end()) {
+    // The dead owner damaged it, or nobody can map its memory any more. The cursors still stand before the burst or after it:
+    // that burst may be lost or repeated, everything else stays exact.
+    say(ProblemEvent{0, "replay the dead owner's record: it is damaged or its device is gone; the burst in hand may be "
+                        "lost or repeated"});
+    record.arm.store(0, std::memory_order_release);
+    return;
+  }
+  timeline.replayed_kind = static_cast<std::uint32_t>(record.kind);
+  timeline.replayed_packets = record.frame_count;
+  timeline.replayed_queue_pair = record.queue_pair;
+  timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;
+  if (timeline.record_valid == 0)
+    say(ProblemEvent{0, "replay the dead owner's record: cursors or frames of queue pair " +
+                            std::to_string(record.queue_pair) + " do not match it; that queue is stopped"});
+}
+
+}  // namespace tandem

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// XskPort: one AF_XDP socket driven from its shared rings alone.
+//
+// The socket, its rings and its frames were made by the supervisor (recovery/uplink) and outlive every backend. Ring indices
+// are never cached across bursts: they live in the rings, so that an heir goes on from where the dead owner stood.
+// Thread: exactly one owner at a time (design section 3). Source: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h.
+#pragma once
+
+#include <linux/if_xdp.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "common/layout/xsk_description.hpp"
+#include "common/mapping.hpp"
+#include "common/result.hpp"
+#include "common/unique_fd.hpp"
+
+namespace tandem {
+
+/// One ring: `Entry` is struct xdp_desc (RX, TX) or std::uint64_t (fill, completion).
+template <class Entry>
+class XskRingView {
+ public:
+  XskRingView() = default;
+  XskRingView(std::byte* base, const XskRing& ring)
+      : producer_(reinterpret_cast<std::uint32_t*>(base + ring.producer)),
+        consumer_(reinterpret_cast<std::uint32_t*>(base + ring.consumer)),
+        entries_(reinterpret_cast<Entry*>(base + ring.descriptors)),
+        mask_(ring.entries - 1) {}
+
+  // Acquire pairs with the kernel's release: entries up to the index are visible. Release the other way round.
+  [[nodiscard]] std::uint32_t producer() const {
+    return std::atomic_ref<std::uint32_t>(*producer_).load(std::memory_order_acquire);
+  }
+  [[nodiscard]] std::uint32_t consumer() const {
+    return std::atomic_ref<std::uint32_t>(*consumer_).load(std::memory_order_acquire);
+  }
+  void publish(std::uint32_t index) const {
+    std::atomic_ref<std::uint32_t>(*producer_).store(index, std::memory_order_release);
+  }
+  void consume(std::uint32_t index) const {
+    std::atomic_ref<std::uint32_t>(*consumer_).store(index, std::memory_order_release);
+  }
+  [[nodiscard]] Entry& at(std::uint32_t index) const { return entries_[index & mask_]; }
+  [[nodiscard]] std::uint32_t size() const { return mask_ + 1; }
+
+ private:
+  std::uint32_t* producer_ = nullptr;
+  std::uint32_t* consumer_ = nullptr;
+  Entry* entries_ = nullptr;
+  std::uint32_t mask_ = 0;
+};
+
+class XskPort {
+ public:
+  /// Maps the four rings and the UMEM. `what` names the uplink in errors.
+  static Result<std::unique_ptr<XskPort>> map(const XskDescription& description, UniqueFd socket, UniqueFd umem,
+                                              const std::string& what);
+  /// A port over memory that is not a socket: tests and measurements play the kernel's side. `memory` holds rings and frames.
+  static std::unique_ptr<XskPort> over_memory(const XskDescription& description, std::byte* rings, std::byte* frames);
+
+  XskRingView<xdp_desc> rx, tx;
+  XskRingView<std::uint64_t> fill, completion;
+
+  /// Bytes of a frame, or nullptr if the range leaves the UMEM.
+  [[nodiscard]] std::byte* frame(std::uint64_t address, std::uint64_t length) const {
+    return address <= umem_size_ && length <= umem_size_ - address ? frames_ + address : nullptr;
+  }
+  [[nodiscard]] std::uint64_t transmit_address(std::uint32_t frame) const {
+    return (std::uint64_t{description_.rx_frames} + frame) * description_.frame_size;
+  }
+  /// Inverse of transmit_address; description().tx_frames or more if the address is no transmit frame.
+  [[nodiscard]] std::uint64_t transmit_frame(std::uint64_t address) const {
+    return address / description_.frame_size - description_.rx_frames;
+  }
+  [[nodiscard]] std::uint64_t frame_start(std::uint64_t address) const {
+    return address & ~(std::uint64_t{description_.frame_size} - 1);
+  }
+  [[nodiscard]] bool is_receive_frame(std::uint64_t address) const {
+    return address < std::uint64_t{description_.rx_frames} * description_.frame_size;
+  }
+  [[nodiscard]] const XskDescription& description() const { return description_; }
+  [[nodiscard]] int fd() const { return socket_.get(); }
+
+  /// Lets the kernel send what is on the TX ring; at most a few system calls. True when the ring is empty afterwards.
+  /// False means "later": the device is down, its queue is full, or (copy mode) the call's budget of 32 frames is used up.
+  bool wake_transmit() const;
+
+ private:
+  XskPort() = default;
+  XskDescription description_{};
+  UniqueFd socket_, umem_;
+  Mapping maps_[5];
+  std::byte* frames_ = nullptr;
+  std::uint64_t umem_size_ = 0;
+};
+
+}  // namespace tandem
