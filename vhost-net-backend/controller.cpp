@@ -171,7 +171,7 @@ Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd>
       attach.first_queue_pair > kMaxQueuePairs - attach.queue_pairs || fds.size() != 2 * attach.queue_pairs ||
       body.size() != attach.queue_pairs * sizeof(XskDescription))
     return malformed("attach");
-  auto uplink = std::make_shared<Uplink>();
+  auto uplink = std::make_shared<UplinkPorts>();
   uplink->device = attach.device;
   uplink->first_queue_pair = attach.first_queue_pair;
   for (std::uint32_t i = 0; i < attach.queue_pairs; ++i) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device: one generation of a device description, mapped and ready to serve; Uplink: the ports of its queue pairs.
+// Device: one generation of a device description, mapped and ready to serve; UplinkPorts: the ports of its queue pairs.
 //
 // Both are made by the control thread and handed to poll threads through shared ownership, immutable from then on, so that a
 // poll thread changes generation by changing a pointer. Poll threads give them back for destruction (unmapping takes time).
@@ -39,7 +39,7 @@ class Device {
   std::vector<BoundQueue> vrings_;
 };
 
-struct Uplink {
+struct UplinkPorts {
   std::uint32_t device = 0;
   std::uint32_t first_queue_pair = 0;
   std::vector<std::unique_ptr<XskPort>> ports;

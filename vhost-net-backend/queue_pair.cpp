@@ -32,7 +32,7 @@ std::uint32_t record_crc(const RedoRecord& record) {
 }
 
 // The part of the record that is the same for both directions.
-void begin_record(QueuePair& pair, RedoKind kind, const VringState& vring) {
+void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
   RedoRecord& record = pair.shard->record;
   record.version = kRedoVersion;
   record.kind = kind;
@@ -64,7 +64,7 @@ void disarm(QueuePair& pair) {
   TANDEM_PROBE(kDisarmed);
 }
 
-void apply_cursors(const RedoRecord& record, VringState& vring) {
+void apply_cursors(const RedoRecord& record, VringCursors& vring) {
   vring.next_avail = record.avail_after;
   vring.next_used = record.used_after;
   vring.packets = record.packets_after;
@@ -137,7 +137,7 @@ void count_transaction(ShardState& shard) {
 }
 
 // Entries that the guest has made available; stops the queue if it claims more than the ring holds.
-std::uint32_t available(const SplitQueue& queue, VringState& vring) {
+std::uint32_t available(const SplitQueue& queue, VringCursors& vring) {
   const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
   if (ahead <= queue.size()) return ahead;
   vring.fault.store(QueueFault::kAvailJump, std::memory_order_release);
@@ -352,7 +352,7 @@ void drain_completions(QueuePair& pair) {
 }
 
 std::uint32_t transmit_burst(QueuePair& pair) {
-  VringState& vring = pair.state->transmit;
+  VringCursors& vring = pair.state->transmit;
   const SplitQueue& queue = pair.transmit.queue;
   XskPort& port = *pair.port;
   const std::uint32_t ready = std::min(available(queue, vring), kBurstPackets);
@@ -403,7 +403,7 @@ std::uint32_t transmit_burst(QueuePair& pair) {
 }
 
 std::uint32_t receive_burst(QueuePair& pair) {
-  VringState& vring = pair.state->receive;
+  VringCursors& vring = pair.state->receive;
   XskPort& port = *pair.port;
   const std::uint32_t consumer = port.rx.consumer();
   const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
@@ -480,7 +480,7 @@ bool record_is_valid(const RedoRecord& record) {
 ReplayResult replay(QueuePair& pair) {
   RedoRecord& record = pair.shard->record;
   const bool transmit = record.kind == RedoKind::kTransmit;
-  VringState& vring = transmit ? pair.state->transmit : pair.state->receive;
+  VringCursors& vring = transmit ? pair.state->transmit : pair.state->receive;
   const BoundQueue& bound = transmit ? pair.transmit : pair.receive;
   const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
     return found == before || found == after;

@@ -148,7 +148,7 @@ void Shard::put_in_force(std::uint32_t device) {
       QueuePairState& pair = config_.segment->queue_pairs[index];
       for (const std::uint32_t vring : {2 * n, 2 * n + 1}) {
         const BoundQueue& bound = newest->vring(vring);
-        VringState& cursors = vring % 2 == 0 ? pair.receive : pair.transmit;
+        VringCursors& cursors = vring % 2 == 0 ? pair.receive : pair.transmit;
         if (!bound.queue.bound() || cursors.start_count == bound.start_count) continue;
         // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count goes last, so
         // that an heir who finds us dead in between does it over.
@@ -162,6 +162,9 @@ void Shard::put_in_force(std::uint32_t device) {
     rebuild_pairs();
     // Release: whoever reads N knows that nothing is written under N-1 any more.
     for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
+    // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many is harmless.
+    for (QueuePair& pair : pairs_)
+      if (pair.memory == newest->memory()) notify_all(pair);
     prune(served, generation);
   }
   say(InForceEvent{device, generation});

@@ -26,7 +26,7 @@
 namespace tandem {
 
 struct AttachCommand {
-  std::shared_ptr<const Uplink> uplink;
+  std::shared_ptr<const UplinkPorts> uplink;
 };
 struct DetachCommand {
   std::uint32_t device;
@@ -98,7 +98,7 @@ class Shard {
  private:
   // One device as this shard knows it. `held` is ordered by generation; the one in force is among them.
   struct Served {
-    std::shared_ptr<const Uplink> uplink;
+    std::shared_ptr<const UplinkPorts> uplink;
     std::vector<std::shared_ptr<const Device>> held;
     std::shared_ptr<const Device> in_force;
   };

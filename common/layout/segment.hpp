@@ -34,7 +34,7 @@ enum class QueueFault : std::uint32_t {
 };
 
 /// Cursors and counters of one virtqueue; one cache line.
-struct alignas(64) VringState {
+struct alignas(64) VringCursors {
   std::uint16_t next_avail;   ///< next avail entry to take
   std::uint16_t next_used;    ///< used.idx as published
   std::uint32_t start_count;  ///< which start of the ring these cursors belong to
@@ -50,7 +50,7 @@ struct alignas(64) QueuePairState {
   /// is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
   std::atomic<std::uint64_t> generation;
   std::uint64_t reserved[7];
-  VringState receive, transmit;
+  VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
 
@@ -101,7 +101,7 @@ constexpr std::uint64_t owner_word(std::uint32_t epoch, std::uint32_t tag) { ret
 constexpr std::uint32_t owner_epoch(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }
 constexpr std::uint32_t owner_tag(std::uint64_t word) { return static_cast<std::uint32_t>(word); }
 
-static_assert(sizeof(VringState) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
+static_assert(sizeof(VringCursors) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
 static_assert(sizeof(TakeoverTimeline) <= 128);
 static_assert(offsetof(ShardState, heartbeat_tsc) == 64 && offsetof(ShardState, takeover) == 128);
 static_assert(offsetof(ShardState, record) == 256);

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// What tandemd reads from its configuration file (config/tandemd.toml explains each key).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/layout/control_message.hpp"
+#include "common/result.hpp"
+
+namespace tandem {
+
+enum class Hugepages { kAuto, kAlways, kNever };
+
+struct Config {
+  std::string instance = "default";       ///< separates several tandemd on one host: pins and network devices carry it
+  std::string run_dir = "/run/tandem";    ///< sockets
+  std::string incident_dir = "/var/lib/tandem/incidents";
+  std::string pin_dir = "/sys/fs/bpf/tandem/default";
+  std::string log_level = "info";
+  std::string backend_path;               ///< the tandem-backend program; empty: beside tandemd or in libexec
+  std::string backend_user = "tandem";    ///< account that backends run as
+  std::string socket_user = "libvirt-qemu";  ///< owner of the sockets that QEMU connects to; empty: root
+  std::string socket_group = "libvirt-qemu";
+  std::uint32_t shards = 1;               ///< poll threads per backend
+  Polling polling = Polling::kAdaptive;
+  Hugepages hugepages = Hugepages::kAuto;
+
+  [[nodiscard]] std::string nic_socket_dir() const { return run_dir + "/nic"; }
+  [[nodiscard]] std::string control_socket() const { return run_dir + "/control.sock"; }
+  [[nodiscard]] std::string vault_socket() const { return run_dir + "/vault.sock"; }
+};
+
+/// Reads `path`. An unknown key, a wrong type or a value out of range is an error that names the key. A missing file is one too.
+Result<Config> read_config(const std::string& path);
+/// The same from text; `origin` names it in errors.
+Result<Config> parse_config(const std::string& text, const std::string& origin);
+
+}  // namespace tandem

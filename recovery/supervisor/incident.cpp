@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Incident records as JSON.
+#include "recovery/supervisor/incident.hpp"
+
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+namespace tandem {
+
+namespace {
+
+constexpr std::size_t kKept = 1000;
+
+nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
+  if (time == 0 || zero == 0) return nullptr;
+  return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
+}
+
+}  // namespace
+
+std::string signal_name(int signal) {
+  const char* name = ::sigabbrev_np(signal);
+  return name != nullptr ? std::string("SIG") + name : "signal " + std::to_string(signal);
+}
+
+std::string Incident::cause() const {
+  if (reaped && exit_signal != 0) return signal_name(exit_signal);
+  if (reaped) return "exit " + std::to_string(exit_status);
+  if (slot.cause == TANDEM_FENCE_SIGNAL) return signal_name(static_cast<int>(slot.signal));
+  return slot.cause == TANDEM_FENCE_EXIT ? "exit" : "unknown";
+}
+
+nlohmann::json Incident::to_json() const {
+  const std::uint64_t zero = timeline.fence_ns;
+  nlohmann::json replayed{{"armed", timeline.record_armed != 0}};
+  if (timeline.record_armed != 0) {
+    replayed["valid"] = timeline.record_valid != 0;
+    replayed["direction"] = timeline.replayed_kind == static_cast<std::uint32_t>(RedoKind::kTransmit) ? "transmit" : "receive";
+    replayed["packets"] = timeline.replayed_packets;
+    replayed["queue_pair"] = timeline.replayed_queue_pair;
+  }
+  return {{"id", id},
+          {"pair", pair},
+          {"shard", shard},
+          {"time_ms", wall_clock_ms},
+          {"cause", cause()},
+          {"signal", exit_signal != 0 ? exit_signal : static_cast<std::int32_t>(slot.signal)},
+          {"thread_signal", slot.signal},
+          {"victim_pid", victim_pid},
+          {"heir_pid", heir_pid},
+          {"epoch", timeline.epoch},
+          {"detected_by", "fence"},
+          {"fence_time_ns", zero},
+          {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
+          {"timeline_ns",
+           {{"last_heartbeat", relative(timeline.last_heartbeat_ns, zero)},
+            {"fenced", 0},
+            {"heir_awake", relative(timeline.awake_ns, zero)},
+            {"epoch_taken", relative(timeline.epoch_ns, zero)},
+            {"replayed", relative(timeline.replayed_ns, zero)},
+            {"first_transaction", relative(timeline.first_transaction_ns, zero)}}},
+          {"replayed", std::move(replayed)},
+          {"queue_pairs", timeline.queue_pairs},
+          {"complete", closed}};
+}
+
+Result<IncidentLog> IncidentLog::open(const std::string& directory) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error)
+    return fail(ErrorKind::kSystem, "open the incident directory " + directory + ": " + error.message() +
+                                        "; make it writable or set incident_dir in the configuration");
+  IncidentLog log;
+  log.directory_ = directory;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    const std::string stem = entry.path().stem().string();
+    if (stem.empty() || stem.size() > 18 || stem.find_first_not_of("0123456789") != std::string::npos) continue;
+    log.next_id_ = std::max<std::uint64_t>(log.next_id_, std::stoull(stem) + 1);
+  }
+  return log;
+}
+
+Incident& IncidentLog::add(Incident incident) {
+  incident.id = next_id_++;
+  recent_.push_back(std::move(incident));
+  if (recent_.size() > kKept) recent_.pop_front();
+  return recent_.back();
+}
+
+Incident* IncidentLog::find(std::uint64_t id) {
+  for (Incident& incident : recent_)
+    if (incident.id == id) return &incident;
+  return nullptr;
+}
+
+Status IncidentLog::save(const Incident& incident) const {
+  const std::string path = directory_ + "/" + std::to_string(incident.id) + ".json";
+  const std::string temporary = path + ".new";
+  std::ofstream file(temporary, std::ios::trunc);
+  file << incident.to_json().dump(2) << '\n';
+  file.close();
+  std::error_code error;
+  if (file) std::filesystem::rename(temporary, path, error);
+  if (!file || error) return fail(ErrorKind::kSystem, "write incident " + path + ": disk full or directory gone");
+  return {};
+}
+
+}  // namespace tandem

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Incident: the record of one failover, kept in memory and as a JSON file.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "common/layout/fence_slot.h"
+#include "common/layout/segment.hpp"
+#include "common/result.hpp"
+
+namespace tandem {
+
+/// What is known of one failover; grows as reports come in. Times are CLOCK_MONOTONIC ns unless named otherwise.
+struct Incident {
+  std::uint64_t id = 0;
+  std::string pair;
+  std::uint32_t shard = 0;
+  std::int64_t wall_clock_ms = 0;  ///< since 1970, UTC
+  tandem_fence_slot slot{};        ///< what the fence saw of the dead thread
+  std::int32_t victim_pid = 0;
+  std::int32_t heir_pid = 0;
+  bool reaped = false;
+  std::int32_t exit_signal = 0;  ///< of the process; 0 if it exited by itself
+  std::int32_t exit_status = 0;
+  TakeoverTimeline timeline{};
+  bool closed = false;  ///< nothing more will be added
+
+  /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw.
+  [[nodiscard]] std::string cause() const;
+  /// Times in `timeline_ns` are relative to the fence's mark; absent ones are null.
+  [[nodiscard]] nlohmann::json to_json() const;
+};
+
+/// Keeps the last incidents and writes each to DIR/ID.json. Not thread-safe.
+class IncidentLog {
+ public:
+  /// `directory` is made if missing; numbering goes on from what is there.
+  static Result<IncidentLog> open(const std::string& directory);
+  Incident& add(Incident incident);
+  /// Writes the record's file anew (whole, by rename).
+  Status save(const Incident& incident) const;
+  [[nodiscard]] std::deque<Incident>& recent() { return recent_; }
+  [[nodiscard]] const std::deque<Incident>& recent() const { return recent_; }
+  Incident* find(std::uint64_t id);
+
+ private:
+  std::string directory_;
+  std::uint64_t next_id_ = 1;
+  std::deque<Incident> recent_;
+};
+
+/// "SIGSEGV" for 11.
+std::string signal_name(int signal);
+
+}  // namespace tandem

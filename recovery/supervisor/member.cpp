@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Spawning a backend without privileges, and messages to it.
+#include "recovery/supervisor/member.hpp"
+
+#include <grp.h>
+#include <pwd.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstring>
+
+namespace tandem {
+
+namespace {
+
+constexpr int kChildControlFd = 3;
+// As a shell says it: the program is not there, or cannot be executed.
+constexpr int kExitMissing = 127;
+constexpr int kExitNotExecutable = 126;
+
+// Everything a child does between fork and exec; returns only on failure. Async-signal-safe calls only.
+int become_backend(const char* program, char* const* arguments, const passwd* account, int control) {
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  const int null = ::open("/dev/null", O_RDWR);
+  if (null < 0 || ::dup2(null, 0) < 0 || ::dup2(control, kChildControlFd) < 0) return errno;
+  if (control == kChildControlFd && ::fcntl(control, F_SETFD, 0) != 0) return errno;
+  ::syscall(SYS_close_range, kChildControlFd + 1, ~0u, 0);
+  if (account != nullptr) {
+    if (::setgroups(0, nullptr) != 0 || ::setgid(account->pw_gid) != 0 || ::setuid(account->pw_uid) != 0) return errno;
+  }
+  if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return errno;
+  if (::chdir("/") != 0) return errno;
+  ::execv(program, arguments);
+  return errno;
+}
+
+}  // namespace
+
+Result<Member> Member::spawn(const Config& config, const std::string& backend_path, bool hugepages) {
+  const std::string doing = "start a backend (" + backend_path + ")";
+  const passwd* account = ::getpwnam(config.backend_user.c_str());
+  if (account == nullptr || account->pw_uid == 0)
+    return fail(ErrorKind::kInvalid, doing + ": there is no unprivileged account \"" + config.backend_user +
+                                         "\"; create it with: adduser --system --group --no-create-home " +
+                                         config.backend_user + ", or set backend.user in the configuration");
+  auto channels = FdChannel::make_pair();
+  if (!channels) return within(doing, std::move(channels.error()));
+  // A start sends a description of every device at once; the default buffer would hold a few dozen.
+  const int buffer = 4 * 1024 * 1024;
+  ::setsockopt(channels->first.fd(), SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
+
+  std::vector<std::string> words{backend_path, "--control-fd", std::to_string(kChildControlFd), "--shards",
+                                 std::to_string(config.shards), "--file-prefix", "tandem-" + config.instance};
+  if (hugepages) words.emplace_back("--hugepages");
+  std::vector<char*> arguments;
+  for (std::string& word : words) arguments.push_back(word.data());
+  arguments.push_back(nullptr);
+
+  const int control = channels->second.fd();
+  const pid_t pid = ::fork();
+  if (pid < 0) return fail_errno(doing);
+  if (pid == 0) {
+    const int error = become_backend(backend_path.c_str(), arguments.data(), account, control);
+    ::_exit(error == ENOENT ? kExitMissing : kExitNotExecutable);
+  }
+  Member member;
+  member.pid_ = pid;
+  member.pidfd_ = UniqueFd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))};
+  if (!member.pidfd_) {
+    const int error = errno;
+    ::kill(pid, SIGKILL);
+    ::waitpid(pid, nullptr, 0);
+    return fail_errno(doing + ": open its pidfd", {}, error);
+  }
+  member.channel_ = std::move(channels->first);
+  return member;
+}
+
+void Member::kill() const {
+  if (pidfd_) ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0);
+}
+
+ExitStatus Member::reap() {
+  siginfo_t info{};
+  stage = Stage::kDead;
+  if (::waitid(P_PIDFD, static_cast<id_t>(pidfd_.get()), &info, WEXITED) != 0) return {};
+  if (info.si_code == CLD_EXITED) return {0, info.si_status};
+  return {info.si_status, 0};
+}
+
+Status Member::send_bytes(ControlType type, std::span<const std::byte> body, std::span<const std::byte> more,
+                          std::span<const int> fds) {
+  ControlHeader header;
+  header.type = type;
+  header.body_size = static_cast<std::uint32_t>(body.size() + more.size());
+  std::vector<std::byte> message(sizeof header);
+  std::memcpy(message.data(), &header, sizeof header);
+  message.insert(message.end(), body.begin(), body.end());
+  message.insert(message.end(), more.begin(), more.end());
+  auto sent = channel_.send(message, fds);
+  if (!sent) return within("tell backend " + std::to_string(pid_), std::move(sent.error()));
+  return {};
+}
+
+}  // namespace tandem

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Member: one backend process of a pair, from the supervisor's side: spawn, talk, watch, kill.
+//
+// Owns the process's pidfd and the control channel's end. Destroying a Member kills nothing: call kill() and wait for exit first.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/fd_channel.hpp"
+#include "common/layout/control_message.hpp"
+#include "common/result.hpp"
+#include "common/unique_fd.hpp"
+#include "recovery/supervisor/config.hpp"
+#include "recovery/supervisor/event_loop.hpp"
+
+namespace tandem {
+
+/// How a process ended.
+struct ExitStatus {
+  int signal = 0;  ///< 0 if it exited by itself
+  int status = 0;
+};
+
+class Member {
+ public:
+  /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the channel.
+  static Result<Member> spawn(const Config& config, const std::string& backend_path, bool hugepages);
+
+  Member(Member&&) = default;
+  Member& operator=(Member&&) = default;
+
+  [[nodiscard]] pid_t pid() const { return pid_; }
+  [[nodiscard]] int pidfd() const { return pidfd_.get(); }
+  FdChannel& channel() { return channel_; }
+
+  template <class Body>
+  Status send(ControlType type, const Body& body, std::span<const int> fds = {}, std::span<const std::byte> more = {}) {
+    return send_bytes(type, std::as_bytes(std::span(&body, 1)), more, fds);
+  }
+  /// SIGKILL through the pidfd.
+  void kill() const;
+  /// After the pidfd became readable.
+  ExitStatus reap();
+
+  enum class Stage { kStarting, kReady, kArmed, kOwner, kDead } stage = Stage::kStarting;
+  std::vector<pid_t> threads;               ///< poll threads' tids, one per shard
+  std::vector<std::uint32_t> tags;          ///< their fence tags
+  std::vector<std::uint32_t> rings;         ///< their wake rings
+  std::uint32_t shards_owned = 0;
+  std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
+  std::uint64_t spawned_ns = 0;
+  EventLoop::Source on_message, on_exit;  ///< declared after the descriptors they watch are opened, dropped with the member
+  EventLoop::Timer start_limit;           ///< a member that does not become ready is ended
+
+ private:
+  Member() = default;
+  Status send_bytes(ControlType type, std::span<const std::byte> body, std::span<const std::byte> more,
+                    std::span<const int> fds);
+
+  pid_t pid_ = -1;
+  UniqueFd pidfd_;
+  FdChannel channel_;
+};
+
+}  // namespace tandem

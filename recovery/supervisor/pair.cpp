@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: Apache-2.0
+// A pair's life: spawn, introduce, arm, take over, spawn again.
+#include "recovery/supervisor/pair.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <spdlog/spdlog.h>
+
+namespace tandem {
+
+namespace {
+
+using namespace std::chrono_literals;
+
+// A member that lived shorter than this before it owned anything counts as an early death.
+constexpr std::uint64_t kEarlyNs = 2'000'000'000;
+constexpr auto kStartLimit = 30s;
+constexpr auto kLongestBackOff = 5s;
+
+std::uint64_t now_ns() {
+  timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
+}
+
+template <class Body>
+bool read_body(const ChannelMessage& message, Body& body) {
+  if (message.bytes.size() != sizeof(ControlHeader) + sizeof body) return false;
+  std::memcpy(&body, message.bytes.data() + sizeof(ControlHeader), sizeof body);
+  return true;
+}
+
+std::uint64_t free_huge_pages() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string word; file >> word;)
+    if (std::uint64_t count = 0; word == "HugePages_Free:" && file >> count) return count;
+  return 0;
+}
+
+// State letter of a thread (proc(5), /proc/PID/stat), or 'X' when it is gone.
+char thread_state(pid_t pid, pid_t tid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/task/" + std::to_string(tid) + "/stat");
+  std::string line;
+  std::getline(file, line);
+  const std::size_t name_end = line.rfind(')');
+  return name_end == std::string::npos || name_end + 2 >= line.size() ? 'X' : line[name_end + 2];
+}
+
+}  // namespace
+
+std::uint32_t TagSource::next() {
+  do {
+    ++last_;
+  } while (last_ == 0 || living_.contains(last_ % TANDEM_FENCE_SLOTS));
+  living_[last_ % TANDEM_FENCE_SLOTS] = last_;
+  return last_;
+}
+
+void TagSource::retire(std::uint32_t tag) {
+  const auto found = living_.find(tag % TANDEM_FENCE_SLOTS);
+  if (found != living_.end() && found->second == tag) living_.erase(found);
+}
+
+Pair::Pair(std::string name, const Config& config, std::string backend_path, EventLoop& loop, Fence& fence,
+           TagSource& tags, Listener& listener)
+    : name_(std::move(name)),
+      config_(config),
+      backend_path_(std::move(backend_path)),
+      loop_(loop),
+      fence_(fence),
+      tags_(tags),
+      listener_(listener) {}
+
+Result<std::unique_ptr<Pair>> Pair::make(std::string name, const Config& config, std::string backend_path,
+                                         EventLoop& loop, Fence& fence, TagSource& tags, Listener& listener) {
+  std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
+  if (auto made = pair->make_segment(); !made) return within("make pair " + pair->name_, std::move(made.error()));
+  // Three members exist at once around a failover; each takes a handful of 2 MiB pages.
+  constexpr std::uint64_t kWantedPages = 48;
+  pair->hugepages_ = config.hugepages == Hugepages::kAlways ||
+                     (config.hugepages == Hugepages::kAuto && free_huge_pages() >= kWantedPages);
+  return pair;
+}
+
+Pair::~Pair() {
+  for (const Member& member : members_) member.kill();
+}
+
+Status Pair::make_segment() {
+  segment_fd_ = UniqueFd{::memfd_create("tandem-pair", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
+  if (!segment_fd_ || ::ftruncate(segment_fd_.get(), sizeof(Segment)) != 0 ||
+      ::fcntl(segment_fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+    return fail_errno("make the pair segment");
+  auto mapping = Mapping::map(segment_fd_.get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment");
+  if (!mapping) return tl::make_unexpected(std::move(mapping.error()));
+  segment_mapping_ = std::move(*mapping);
+  segment_ = reinterpret_cast<Segment*>(segment_mapping_.data());
+  segment_->magic = kSegmentMagic;
+  segment_->version = kSegmentVersion;
+  segment_->shard_count = config_.shards;
+  segment_->size = sizeof(Segment);
+  return {};
+}
+
+const Member* Pair::owner() const {
+  const auto found = std::find_if(members_.begin(), members_.end(),
+                                  [](const Member& member) { return member.stage == Member::Stage::kOwner; });
+  return found == members_.end() ? nullptr : &*found;
+}
+
+const Member* Pair::heir() const {
+  const auto found = std::find_if(members_.begin(), members_.end(), [](const Member& member) {
+    return member.stage != Member::Stage::kOwner && member.stage != Member::Stage::kDead;
+  });
+  return found == members_.end() ? nullptr : &*found;
+}
+
+Member* Pair::owner_member() { return const_cast<Member*>(owner()); }
+
+Member* Pair::find(pid_t pid) {
+  for (Member& member : members_)
+    if (member.pid() == pid) return &member;
+  return nullptr;
+}
+
+void Pair::step(PairEvent event) {
+  const PairStep taken = pair_step(state_, event);
+  spdlog::debug("pair {}: {} in state {} -> {}", name_, pair_event_name(event), pair_state_name(state_),
+                pair_state_name(taken.next));
+  state_ = taken.next;
+  switch (taken.action) {
+    case PairAction::kNone:
+    case PairAction::kArm:  // the caller knows which member
+      break;
+    case PairAction::kSpawn:
+      spawn_soon();
+      break;
+    case PairAction::kKillAll:
+      respawn_.reset();
+      for (const Member& member : members_) member.kill();
+      break;
+    case PairAction::kInvalid:
+      spdlog::error("pair {}: event \"{}\" cannot happen in state \"{}\"; ignored. Please report this as a bug", name_,
+                    pair_event_name(event), pair_state_name(state_));
+      break;
+  }
+  listener_.on_state(*this);
+}
+
+void Pair::stop() { step(PairEvent::kStop); }
+
+void Pair::spawn_soon() {
+  std::chrono::nanoseconds delay = 0ns;
+  if (early_deaths_ > 0) {
+    delay = std::min<std::chrono::nanoseconds>(100ms * (1u << std::min(early_deaths_ - 1, 10u)), kLongestBackOff);
+    spdlog::warn("pair {}: {} backends in a row died right after their start; next try in {} ms", name_, early_deaths_,
+                 std::chrono::duration_cast<std::chrono::milliseconds>(delay).count());
+  }
+  respawn_ = loop_.after(delay, [this] { spawn(); });
+}
+
+void Pair::spawn() {
+  respawn_.reset();
+  auto spawned = Member::spawn(config_, backend_path_, hugepages_);
+  if (!spawned) {
+    spdlog::error("pair {}: {}", name_, spawned.error().text);
+    ++early_deaths_;
+    spawn_soon();
+    return;
+  }
+  members_.push_back(std::move(*spawned));
+  Member& member = members_.back();
+  member.spawned_ns = now_ns();
+  const pid_t pid = member.pid();
+  auto on_message = loop_.watch(member.channel().fd(), [this, pid] { on_channel(pid); });
+  auto on_exit_source = loop_.watch(member.pidfd(), [this, pid] { on_exit(pid); });
+  if (!on_message || !on_exit_source) {
+    end(member, "cannot watch it");
+    return;
+  }
+  member.on_message = std::move(*on_message);
+  member.on_exit = std::move(*on_exit_source);
+  member.start_limit = loop_.after(kStartLimit, [this, pid] {
+    if (Member* late = find(pid); late != nullptr && late->stage == Member::Stage::kStarting)
+      end(*late, "it did not become ready within 30 s");
+  });
+  spdlog::info("pair {}: started backend {}", name_, pid);
+  listener_.on_member_start(*this, member);
+  if (auto welcomed = welcome(member); !welcomed) end(member, welcomed.error().text);
+}
+
+void Pair::end(Member& member, const std::string& why) {
+  spdlog::error("pair {}: ending backend {}: {}", name_, member.pid(), why);
+  member.kill();
+}
+
+Status Pair::welcome(Member& member) {
+  auto slots = fence_.slots_fd();
+  if (!slots) return tl::make_unexpected(std::move(slots.error()));
+  std::vector<UniqueFd> rings;
+  std::vector<int> fds{segment_fd_.get(), slots->get()};
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    auto ring = fence_.make_ring();
+    if (!ring) return tl::make_unexpected(std::move(ring.error()));
+    member.rings.push_back(*ring);
+    auto fd = fence_.ring_fd(*ring);
+    if (!fd) return tl::make_unexpected(std::move(fd.error()));
+    rings.push_back(std::move(*fd));
+    fds.push_back(rings.back().get());
+  }
+  return member.send(ControlType::kWelcome, WelcomeBody{config_.shards, config_.polling}, fds);
+}
+
+void Pair::on_channel(pid_t pid) {
+  for (int budget = 64; budget > 0; --budget) {
+    Member* member = find(pid);
+    if (member == nullptr) return;
+    bool would_block = false;
+    auto message = member->channel().receive(&would_block);
+    if (would_block) return;
+    if (!message) {
+      // Its end closed: it is dead or dying, and the pidfd will say so.
+      member->on_message.reset();
+      if (message.error().kind != ErrorKind::kGone) end(*member, message.error().text);
+      return;
+    }
+    on_message(*member, *message);
+  }
+}
+
+void Pair::on_message(Member& member, const ChannelMessage& message) {
+  // A backend is hostile until checked: sizes, device numbers and stages.
+  ControlHeader header;
+  if (message.bytes.size() < sizeof header) return end(member, "it sent a message without a header");
+  std::memcpy(&header, message.bytes.data(), sizeof header);
+  if (header.magic != kControlMagic || header.version != kControlVersion)
+    return end(member, "it speaks control version " + std::to_string(header.version) + ", we speak " +
+                           std::to_string(kControlVersion));
+  DeviceBody device;
+  TakeoverBody takeover;
+  ReadyBody ready;
+  ProblemBody problem;
+  if (header.type == ControlType::kReady && read_body(message, ready)) {
+    on_ready(member, ready);
+  } else if (header.type == ControlType::kHeld && read_body(message, device)) {
+    member.held[device.device] = device.generation;
+  } else if (header.type == ControlType::kInForce && read_body(message, device)) {
+    member.held[device.device] = device.generation;
+    prune_generations(device.device);
+    if (devices_.contains(device.device)) listener_.on_in_force(*this, device.device);
+  } else if (header.type == ControlType::kDetached && read_body(message, device)) {
+    note_detached(device.device, member.pid());
+  } else if (header.type == ControlType::kTookOver && read_body(message, takeover) && takeover.shard < config_.shards) {
+    on_took_over(member, takeover);
+  } else if (header.type == ControlType::kFirstTransaction && read_body(message, takeover)) {
+    listener_.on_first_transaction(*this, takeover.shard, takeover.timeline);
+  } else if (header.type == ControlType::kProblem && read_body(message, problem)) {
+    problem.text[sizeof problem.text - 1] = '\0';
+    spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(), problem.device, problem.text);
+  } else {
+    end(member, "it sent a malformed or unknown message (type " + std::to_string(static_cast<int>(header.type)) + ")");
+  }
+}
+
+void Pair::on_ready(Member& member, const ReadyBody& ready) {
+  if (member.stage != Member::Stage::kStarting || ready.shard_count != config_.shards)
+    return end(member, "it reported ready out of turn");
+  for (std::uint32_t i = 0; i < config_.shards; ++i) member.threads.push_back(static_cast<pid_t>(ready.thread_ids[i]));
+  member.stage = Member::Stage::kReady;
+  member.start_limit.reset();
+  if (auto introduced = introduce(member); !introduced) return end(member, introduced.error().text);
+  arm(member);
+  if (member.stage == Member::Stage::kArmed) step(PairEvent::kMemberReady);
+}
+
+// Everything the pair serves, the generation in force before a newer one. The channel keeps the order, so what is sent here is
+// held by the time the member is armed.
+Status Pair::introduce(Member& member) {
+  for (const auto& [device, attached] : devices_) {
+    if (attached.detaching) continue;
+    if (auto sent = send_attach(member, device, attached); !sent) return sent;
+    for (const DescribedGeneration& generation : attached.generations)
+      if (auto sent = send_describe(member, generation); !sent) return sent;
+  }
+  return {};
+}
+
+void Pair::arm(Member& member) {
+  Member* owner = owner_member();
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    const std::uint32_t tag = tags_.next();
+    member.tags.push_back(tag);
+    tag_pids_[tag] = member.pid();
+    if (auto watched = fence_.watch(member.threads[i], tag, TANDEM_FENCE_NO_RING, member.pid()); !watched)
+      return end(member, watched.error().text);
+    if (owner != nullptr) {
+      auto set = fence_.set_ring(owner->threads[i], owner->tags[i], member.rings[i]);
+      // kGone: the owner is dead; the member will see its slot before it first sleeps.
+      if (!set && set.error().kind != ErrorKind::kGone) return end(member, set.error().text);
+    }
+    if (auto sent = member.send(ControlType::kArm, ArmBody{i, tag}); !sent) return end(member, sent.error().text);
+  }
+  member.stage = Member::Stage::kArmed;
+}
+
+void Pair::on_took_over(Member& member, const TakeoverBody& body) {
+  if (member.stage != Member::Stage::kArmed) return end(member, "it reported a takeover out of turn");
+  const std::uint64_t word = segment_->shards[body.shard].owner.load(std::memory_order_acquire);
+  if (owner_tag(word) != member.tags[body.shard])
+    return end(member, "it claims shard " + std::to_string(body.shard) + ", which the segment says another owns");
+  const auto previous = static_cast<std::uint32_t>(body.timeline.previous_tag);
+  const auto victim = tag_pids_.find(previous);
+  if (previous != 0)
+    listener_.on_takeover(*this, body.shard, body.timeline, victim == tag_pids_.end() ? 0 : victim->second, member.pid());
+  if (victim != tag_pids_.end()) {
+    tags_.retire(previous);
+    tag_pids_.erase(victim);
+  }
+  if (++member.shards_owned < config_.shards) return;
+  early_deaths_ = 0;
+  for (Member& other : members_)
+    if (other.stage == Member::Stage::kOwner) other.stage = Member::Stage::kDead;
+  member.stage = Member::Stage::kOwner;
+  owner_pid_ = member.pid();
+  spdlog::info("pair {}: backend {} owns since epoch {}", name_, member.pid(), body.timeline.epoch);
+  step(PairEvent::kTookOver);
+}
+
+void Pair::on_exit(pid_t pid) {
+  const auto found = std::find_if(members_.begin(), members_.end(), [pid](const Member& m) { return m.pid() == pid; });
+  if (found == members_.end()) return;
+  const bool was_former = found->stage == Member::Stage::kDead;
+  const bool was_owner = pid == owner_pid_;
+  const bool early = found->stage != Member::Stage::kOwner && now_ns() - found->spawned_ns < kEarlyNs;
+  const ExitStatus status = found->reap();
+  if (status.signal != 0)
+    spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
+  else
+    spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
+  if (early && state_ != PairState::kStopped) ++early_deaths_;
+  forget_watches(*found);
+  members_.erase(found);
+  std::vector<std::uint32_t> waiting;
+  for (const auto& [device, attached] : devices_)
+    if (attached.detaching) waiting.push_back(device);
+  for (const std::uint32_t device : waiting) note_detached(device, pid);
+  listener_.on_member_exit(*this, pid, status);
+  if (was_owner) owner_pid_ = 0;
+  if (was_owner)
+    step(PairEvent::kOwnerDied);
+  else if (!was_former)
+    step(PairEvent::kOtherDied);
+  else
+    listener_.on_state(*this);
+}
+
+void Pair::forget_watches(Member& member) {
+  for (std::size_t i = 0; i < member.tags.size(); ++i) {
+    static_cast<void>(fence_.unwatch(member.threads[i]));
+    // The tag of an owner is named by the segment until an heir takes over; it is retired then.
+    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) != member.tags[i]) {
+      tags_.retire(member.tags[i]);
+      tag_pids_.erase(member.tags[i]);
+    }
+  }
+  for (const std::uint32_t ring : member.rings) static_cast<void>(fence_.free_ring(ring));
+}
+
+Status Pair::reserve(std::uint32_t queue_pairs, std::uint32_t& device, std::uint32_t& first_queue_pair) {
+  device = 0;
+  while (device < kMaxDevices && devices_.contains(device)) ++device;
+  if (device == kMaxDevices)
+    return fail(ErrorKind::kInvalid, "add a NIC to pair " + name_ + ": it serves " + std::to_string(kMaxDevices) +
+                                         " already; name another pair in the domain's metadata");
+  for (std::uint32_t first = 0; first + queue_pairs <= kMaxQueuePairs; ++first) {
+    const auto begin = queue_pair_used_.begin() + first;
+    if (std::find(begin, begin + queue_pairs, true) != begin + queue_pairs) continue;
+    std::fill(begin, begin + queue_pairs, true);
+    first_queue_pair = first;
+    for (std::uint32_t i = 0; i < queue_pairs; ++i) {
+      // Nobody serves these: a fresh state, generation 0, no start seen, no frame busy.
+      QueuePairState* state = &segment_->queue_pairs[first + i];
+      std::memset(static_cast<void*>(state), 0, sizeof *state);
+    }
+    return {};
+  }
+  return fail(ErrorKind::kInvalid, "add a NIC to pair " + name_ + ": no room for " + std::to_string(queue_pairs) +
+                                       " more queue pairs; use fewer queues or another pair");
+}
+
+void Pair::attach(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
+                  std::vector<UniqueFd> fds) {
+  Attached& attached = devices_[device];
+  attached.first_queue_pair = first_queue_pair;
+  attached.ports = std::move(ports);
+  attached.fds = std::move(fds);
+  for (Member& member : members_) {
+    if (member.stage == Member::Stage::kStarting || member.stage == Member::Stage::kDead) continue;
+    if (auto sent = send_attach(member, device, attached); !sent) end(member, sent.error().text);
+  }
+}
+
+Status Pair::send_attach(Member& member, std::uint32_t device, const Attached& attached) {
+  std::vector<int> fds;
+  for (const UniqueFd& fd : attached.fds) fds.push_back(fd.get());
+  const AttachBody body{device, attached.first_queue_pair, static_cast<std::uint32_t>(attached.ports.size()), 0};
+  return member.send(ControlType::kAttach, body, fds, std::as_bytes(std::span(attached.ports)));
+}
+
+Status Pair::send_describe(Member& member, const DescribedGeneration& generation) {
+  std::vector<int> fds;
+  for (const UniqueFd& fd : generation.fds) fds.push_back(fd.get());
+  return member.send(ControlType::kDescribe, generation.description, fds);
+}
+
+Status Pair::describe(const DeviceDescription& description, std::span<const int> fds) {
+  Attached& attached = devices_.at(description.device);
+  DescribedGeneration generation{description, {}};
+  for (const int fd : fds) {
+    generation.fds.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (!generation.fds.back()) return fail_errno("keep a descriptor of the guest", "raise the limit of open files");
+  }
+  attached.generations.push_back(std::move(generation));
+  prune_generations(description.device);
+  // Heirs first: when the owner has put it in force, an heir can already serve it.
+  for (const bool owners : {false, true}) {
+    for (Member& member : members_) {
+      if (member.stage == Member::Stage::kStarting || member.stage == Member::Stage::kDead) continue;
+      if ((member.stage == Member::Stage::kOwner) != owners) continue;
+      if (auto sent = send_describe(member, attached.generations.back()); !sent) end(member, sent.error().text);
+    }
+  }
+  return {};
+}
+
+void Pair::prune_generations(std::uint32_t device) {
+  const auto found = devices_.find(device);
+  if (found == devices_.end()) return;
+  const std::uint64_t current = in_force(device);
+  auto& generations = found->second.generations;
+  const std::size_t before = generations.size();
+  // Keep the one in force and what is newer; of those older than the newest and not in force nobody needs any.
+  while (generations.size() > 1 && generations.front().description.generation < current) generations.erase(generations.begin());
+  if (generations.size() == before) return;
+  for (Member& member : members_) {
+    if (member.stage != Member::Stage::kArmed) continue;
+    if (auto sent = member.send(ControlType::kPrune, DeviceBody{device, 0, current}); !sent)
+      end(member, sent.error().text);
+  }
+}
+
+void Pair::detach(std::uint32_t device) {
+  Attached& attached = devices_.at(device);
+  attached.detaching = true;
+  for (Member& member : members_) {
+    if (member.stage == Member::Stage::kDead) continue;
+    if (member.stage == Member::Stage::kStarting) continue;  // was never told of it
+    attached.waiting_for.insert(attached.waiting_for.end(), config_.shards, member.pid());
+    if (auto sent = member.send(ControlType::kDetach, DeviceBody{device, 0, 0}); !sent) end(member, sent.error().text);
+  }
+  if (attached.waiting_for.empty()) note_detached(device, 0);
+}
+
+void Pair::note_detached(std::uint32_t device, pid_t pid) {
+  const auto found = devices_.find(device);
+  if (found == devices_.end() || !found->second.detaching) return;
+  // Every shard of a process reports; a dead process (reported once) lets go of everything.
+  auto& waiting = found->second.waiting_for;
+  if (const auto one = std::find(waiting.begin(), waiting.end(), pid); one != waiting.end()) waiting.erase(one);
+  if (find(pid) == nullptr) std::erase(waiting, pid);
+  if (!waiting.empty()) return;
+  detached_[device] = loop_.soon([this, device] { listener_.on_detached(*this, device); });
+}
+
+void Pair::release(std::uint32_t device) {
+  const auto found = devices_.find(device);
+  if (found == devices_.end()) return;
+  const auto begin = queue_pair_used_.begin() + found->second.first_queue_pair;
+  std::fill(begin, begin + static_cast<std::ptrdiff_t>(found->second.ports.size()), false);
+  devices_.erase(found);
+}
+
+std::uint64_t Pair::in_force(std::uint32_t device) const {
+  const auto found = devices_.find(device);
+  if (found == devices_.end()) return 0;
+  std::uint64_t lowest = ~std::uint64_t{0};
+  for (std::size_t i = 0; i < found->second.ports.size(); ++i)
+    lowest = std::min(lowest, segment_->queue_pairs[found->second.first_queue_pair + i].generation.load(
+                                  std::memory_order_acquire));
+  return lowest;
+}
+
+bool Pair::kill_if_hung(const std::string& why) {
+  const Member* owner = this->owner();
+  if (owner == nullptr) return false;
+  // Runnable threads are starved, not hung; one in D is on its way through the kernel.
+  for (const pid_t tid : owner->threads)
+    if (const char state = thread_state(owner->pid(), tid); state == 'R' || state == 'D') return false;
+  if (const char state = thread_state(owner->pid(), owner->pid()); state == 'R' || state == 'D') return false;
+  spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, owner->pid(), why);
+  owner->kill();
+  return true;
+}
+
+Status Pair::drill(DrillFault fault) {
+  Member* member = owner_member();
+  if (member == nullptr || state_ != PairState::kPaired)
+    return fail(ErrorKind::kInvalid, "drill pair " + name_ + ": it is " + std::string(pair_state_name(state_)) +
+                                         "; a drill needs an armed standby, try again when it is paired");
+  return member->send(ControlType::kDrill, DrillBody{0, fault});
+}
+
+}  // namespace tandem

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pair: two backend processes, the segment between them and the devices they serve.
+//
+// Drives the table of pair_state.hpp, tells members about devices, arms them at the fence, and reports takeovers. All on the event
+// loop's thread; nothing here blocks.
+#pragma once
+
+#include <systemd/sd-event.h>
+
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/layout/segment.hpp"
+#include "common/layout/xsk_description.hpp"
+#include "common/mapping.hpp"
+#include "recovery/fence/fence.hpp"
+#include "recovery/supervisor/config.hpp"
+#include "recovery/supervisor/event_loop.hpp"
+#include "recovery/supervisor/member.hpp"
+#include "recovery/supervisor/pair_state.hpp"
+
+namespace tandem {
+
+/// Hands out fence tags: never the same twice, never two living ones in one slot (layout/fence_slot.h).
+class TagSource {
+ public:
+  std::uint32_t next();
+  void retire(std::uint32_t tag);
+
+ private:
+  std::uint32_t last_ = 0;
+  std::map<std::uint32_t, std::uint32_t> living_;  // slot -> tag
+};
+
+/// One generation of a device as it is sent to members. Owns duplicates of the descriptors, so that the front end's may go.
+struct DescribedGeneration {
+  DeviceDescription description;
+  std::vector<UniqueFd> fds;
+};
+
+class Pair {
+ public:
+  /// What the pair has to tell the supervisor. Called from the event loop, never from inside a call into the pair.
+  struct Listener {
+    virtual ~Listener() = default;
+    virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
+    virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
+    virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) = 0;
+    virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
+    virtual void on_member_start(Pair& pair, Member& member) = 0;
+    virtual void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) = 0;
+    virtual void on_state(Pair& pair) = 0;
+  };
+
+  static Result<std::unique_ptr<Pair>> make(std::string name, const Config& config, std::string backend_path, EventLoop& loop,
+                                            Fence& fence, TagSource& tags, Listener& listener);
+  ~Pair();
+  Pair(const Pair&) = delete;
+  Pair& operator=(const Pair&) = delete;
+
+  [[nodiscard]] const std::string& name() const { return name_; }
+  [[nodiscard]] PairState state() const { return state_; }
+  [[nodiscard]] Segment& segment() const { return *segment_; }
+  [[nodiscard]] const std::list<Member>& members() const { return members_; }
+  [[nodiscard]] const Member* owner() const;
+  [[nodiscard]] const Member* heir() const;
+
+  void start() { step(PairEvent::kStart); }
+  /// Kills all members; on_state() reports kStopped once the last one is reaped.
+  void stop();
+  /// True when no process is left.
+  [[nodiscard]] bool empty() const { return members_.empty(); }
+
+  /// Room for a device of `queue_pairs`, or an error that says what is full. Its queue pairs' states are zeroed.
+  Status reserve(std::uint32_t queue_pairs, std::uint32_t& device, std::uint32_t& first_queue_pair);
+  void attach(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
+              std::vector<UniqueFd> fds);
+  /// Sends a generation to every member, heir first. `fds` are duplicated.
+  Status describe(const DeviceDescription& description, std::span<const int> fds);
+  /// Forgets the device in all members; on_detached() when none maps it any more, then release() its room.
+  void detach(std::uint32_t device);
+  void release(std::uint32_t device);
+
+  /// Generation in force for every queue pair of the device: the smallest of them.
+  [[nodiscard]] std::uint64_t in_force(std::uint32_t device) const;
+  /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills it then.
+  /// Returns true if it was killed.
+  bool kill_if_hung(const std::string& why);
+  Status drill(DrillFault fault);
+
+ private:
+  struct Attached {
+    std::uint32_t first_queue_pair = 0;
+    std::vector<XskDescription> ports;
+    std::vector<UniqueFd> fds;
+    // At most two: the one in force, and a newer one that is not yet.
+    std::vector<DescribedGeneration> generations;
+    bool detaching = false;
+    std::vector<pid_t> waiting_for;  // members that still have to let go
+  };
+
+  Pair(std::string name, const Config& config, std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
+       Listener& listener);
+  Status make_segment();
+  void step(PairEvent event);
+  void spawn_soon();
+  void spawn();
+  void arm(Member& member);
+  Status welcome(Member& member);
+  Status introduce(Member& member);
+  void end(Member& member, const std::string& why);
+  Status send_attach(Member& member, std::uint32_t device, const Attached& attached);
+  Status send_describe(Member& member, const DescribedGeneration& generation);
+  void on_channel(pid_t pid);
+  void on_exit(pid_t pid);
+  void on_message(Member& member, const ChannelMessage& message);
+  void on_ready(Member& member, const ReadyBody& ready);
+  void on_took_over(Member& member, const TakeoverBody& body);
+  void forget_watches(Member& member);
+  void note_detached(std::uint32_t device, pid_t pid);
+  void prune_generations(std::uint32_t device);
+  Member* find(pid_t pid);
+  Member* owner_member();
+
+  std::string name_;
+  const Config& config_;
+  std::string backend_path_;
+  EventLoop& loop_;
+  Fence& fence_;
+  TagSource& tags_;
+  Listener& listener_;
+  PairState state_ = PairState::kStopped;
+  UniqueFd segment_fd_;
+  Mapping segment_mapping_;
+  Segment* segment_ = nullptr;
+  bool hugepages_ = false;
+  std::list<Member> members_;
+  std::map<std::uint32_t, Attached> devices_;
+  std::map<std::uint32_t, pid_t> tag_pids_;  // whose tag it was; kept until no one can name it any more
+  std::vector<bool> queue_pair_used_ = std::vector<bool>(kMaxQueuePairs, false);
+  pid_t owner_pid_ = 0;          // process last known to own
+  unsigned early_deaths_ = 0;    // in a row, for the back-off
+  EventLoop::Timer respawn_;
+  std::map<std::uint32_t, EventLoop::Timer> detached_;  // reports on their way, by device
+};
+
+}  // namespace tandem

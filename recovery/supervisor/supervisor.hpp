@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// Supervisor: what tandemd is. Pairs, NICs, the vault's messages, operators' requests, incidents, on one event loop.
+#pragma once
+
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "recovery/fence/fence.hpp"
+#include "recovery/supervisor/config.hpp"
+#include "recovery/supervisor/control_server.hpp"
+#include "recovery/supervisor/event_loop.hpp"
+#include "recovery/supervisor/incident.hpp"
+#include "recovery/supervisor/nic.hpp"
+#include "recovery/supervisor/pair.hpp"
+#include "recovery/vault/vault_client.hpp"
+
+namespace tandem {
+
+class Supervisor final : public VaultHandler, public Pair::Listener {
+ public:
+  /// Cleans up after a dead predecessor, loads the fence, attaches to the vault, listens. Errors say what the host lacks.
+  static Result<std::unique_ptr<Supervisor>> start(Config config, EventLoop& loop);
+  ~Supervisor() override;
+
+  /// SIGTERM: without NICs everything is removed and the loop ends; with NICs the pairs are left to run on.
+  void shut_down();
+
+  // VaultHandler
+  void on_connected(const std::string& nic, std::uint64_t connection) override;
+  void on_message(RelayedMessage message) override;
+  void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) override;
+  void on_listening(const std::string& nic) override;
+  void on_announced() override;
+  void on_error(const std::string& text) override;
+
+  // Pair::Listener
+  void on_in_force(Pair& pair, std::uint32_t device) override;
+  void on_detached(Pair& pair, std::uint32_t device) override;
+  void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) override;
+  void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
+  void on_member_start(Pair& pair, Member& member) override;
+  void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) override;
+  void on_state(Pair& pair) override;
+
+ private:
+  // A domain's start that waits for its pairs to be ready.
+  struct Provisioning {
+    std::vector<std::string> macs;
+    ControlServer::Answer answer;
+    EventLoop::Timer limit;
+  };
+  struct Drill {
+    std::string pair;
+    std::uint64_t incident = 0;
+    ControlServer::Answer answer;
+    EventLoop::Timer limit;
+  };
+  struct SavedNic {
+    NicOption option;
+    std::string domain, uuid;
+    bool connected = false;
+  };
+
+  Supervisor(Config config, EventLoop& loop) : config_(std::move(config)), loop_(loop) {}
+  Status prepare_directories();
+  Status clean_up_predecessor();
+  void dispatch_vault();
+
+  // supervisor_requests.cpp: what operators and the hook ask for
+  void on_request(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void on_hook(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void prepare_domain(const DomainOption& domain, const ControlServer::Answer& answer);
+  void release_domain(const std::string& name, const ControlServer::Answer& answer);
+  void drill(const nlohmann::json& request, const ControlServer::Answer& answer);
+  nlohmann::json status() const;
+  nlohmann::json nic_status(const Nic& nic) const;
+  nlohmann::json incident_list() const;
+  void check_provisioning();
+  void check_drills();
+
+  // NICs
+  Status provision(const DomainOption& domain, const NicOption& option);
+  Result<Pair*> pair_for(const std::string& name);
+  Result<std::string> find_backend() const;
+  void watch_uplink(Nic& nic);
+  void release(const std::string& mac, std::function<void()> done);
+  void finish_release(const std::string& mac);
+  void stop_pair_if_unused(const std::string& name);
+  void on_pair_empty(const std::string& name);
+  Nic* find_nic(const Pair& pair, std::uint32_t device);
+
+  // vhost-user requests
+  void save(Nic& nic);
+  void describe(Nic& nic);
+  void wait_for_owners(Nic& nic);
+  void on_wait_limit(const std::string& mac);
+  void finish_request(Nic& nic);
+  void drop_connection(Nic& nic, const std::string& why);
+  void announce(const Nic& nic, const std::array<std::uint8_t, 6>& mac);
+
+  void close_incident(std::uint64_t id);
+  void save_incident(const Incident& incident);
+  std::chrono::nanoseconds hang_limit(const Nic& nic) const;
+
+  Config config_;
+  EventLoop& loop_;
+  UniqueFd lock_;
+  std::optional<Fence> fence_;
+  std::optional<VaultClient> vault_;
+  EventLoop::Source vault_watch_;
+  std::optional<IncidentLog> incidents_;
+  TagSource tags_;
+  std::map<std::string, std::unique_ptr<Pair>> pairs_;
+  std::map<std::string, Nic> nics_;  // by MAC
+  std::list<Provisioning> provisioning_;
+  std::list<Drill> drills_;
+  std::map<std::string, SavedNic> saved_;                     // a predecessor's NICs, until on_announced()
+  std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
+  std::map<pid_t, ExitStatus> exits_;                         // of members whose takeover report may still come
+  std::map<std::string, EventLoop::Timer> soon_;
+  std::map<std::string, std::vector<std::function<void()>>> when_stopped_;  // by pair
+  std::unique_ptr<ControlServer> server_;
+  bool stopping_ = false;
+};
+
+}  // namespace tandem

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the libvirt hook and virt-tandem ask tandemd for.
+#include <spdlog/spdlog.h>
+
+#include "recovery/supervisor/supervisor.hpp"
+
+namespace tandem {
+
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr auto kProvisionLimit = 20s;
+constexpr auto kDrillLimit = 20s;
+
+std::string text_of(const nlohmann::json& request, const char* key) {
+  const auto found = request.find(key);
+  return found != request.end() && found->is_string() ? found->get<std::string>() : std::string{};
+}
+
+nlohmann::json member_status(const Pair& pair, const Member* member, bool owner) {
+  if (member == nullptr) return {{"pid", nullptr}, {"tid", nullptr}, {"state", "none"}};
+  std::string state = member->stage == Member::Stage::kArmed ? "ready" : "starting";
+  if (owner) state = pair.segment().shards[0].asleep.load(std::memory_order_relaxed) != 0 ? "asleep" : "polling";
+  return {{"pid", member->pid()},
+          {"tid", member->threads.empty() ? nlohmann::json(nullptr) : nlohmann::json(member->threads[0])},
+          {"state", state}};
+}
+
+const char* fault_name(QueueFault fault) {
+  switch (fault) {
+    case QueueFault::kNone:
+      return "";
+    case QueueFault::kAvailJump:
+      return "the guest's avail index ran ahead of its ring";
+    case QueueFault::kMemoryFault:
+      return "guest memory disappeared";
+    case QueueFault::kRecordInvalid:
+      return "a dead backend had damaged its record";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+void Supervisor::on_request(const nlohmann::json& request, const ControlServer::Answer& answer) {
+  const std::string command = text_of(request, "command");
+  if (command == "status") return answer(status());
+  if (command == "incidents") return answer(incident_list());
+  if (command == "hook") return on_hook(request, answer);
+  if (command == "drill") return drill(request, answer);
+  answer(refusal("unknown command \"" + command + "\"; this tandemd knows status, incidents, hook and drill"));
+}
+
+void Supervisor::on_hook(const nlohmann::json& request, const ControlServer::Answer& answer) {
+  const std::string operation = text_of(request, "operation");
+  const std::string phase = text_of(request, "sub_operation");
+  if (operation == "prepare" && phase == "begin") {
+    auto domain = parse_domain_option(text_of(request, "xml"), config_.run_dir);
+    if (!domain) return answer(refusal(domain.error().text));
+    return prepare_domain(*domain, answer);
+  }
+  if (operation == "release" && phase == "end") return release_domain(text_of(request, "name"), answer);
+  answer({{"ok", true}});
+}
+
+void Supervisor::prepare_domain(const DomainOption& domain, const ControlServer::Answer& answer) {
+  if (domain.nics.empty()) return answer({{"ok", true}});
+  Provisioning provisioning;
+  for (const NicOption& option : domain.nics) {
+    if (auto provided = provision(domain, option); !provided) {
+      // All or nothing: what this domain got so far is taken back.
+      const std::string text = provided.error().text;
+      spdlog::error("{}", text);
+      const auto left = std::make_shared<std::size_t>(provisioning.macs.size() + 1);
+      const auto done = [left, answer, text] {
+        if (--*left == 0) answer(refusal(text));
+      };
+      for (const std::string& mac : provisioning.macs) release(mac, done);
+      return done();
+    }
+    provisioning.macs.push_back(option.mac);
+  }
+  provisioning.answer = answer;
+  provisioning_.push_back(std::move(provisioning));
+  Provisioning* stored = &provisioning_.back();
+  stored->limit = loop_.after(kProvisionLimit, [this, stored] {
+    const ControlServer::Answer late = stored->answer;
+    const std::vector<std::string> macs = stored->macs;
+    provisioning_.remove_if([stored](const Provisioning& other) { return &other == stored; });
+    const auto left = std::make_shared<std::size_t>(macs.size());
+    for (const std::string& mac : macs)
+      release(mac, [left, late] {
+        if (--*left == 0)
+          late(refusal("its backends did not become ready within 20 s; tandemd's log says why they do not start"));
+      });
+  });
+  check_provisioning();
+}
+
+void Supervisor::check_provisioning() {
+  for (auto entry = provisioning_.begin(); entry != provisioning_.end();) {
+    bool ready = true;
+    for (const std::string& mac : entry->macs) {
+      const auto nic = nics_.find(mac);
+      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired;
+    }
+    if (!ready) {
+      ++entry;
+      continue;
+    }
+    entry->answer({{"ok", true}});
+    entry = provisioning_.erase(entry);
+  }
+}
+
+void Supervisor::release_domain(const std::string& name, const ControlServer::Answer& answer) {
+  std::vector<std::string> macs;
+  for (const auto& [mac, nic] : nics_)
+    if (nic.domain == name) macs.push_back(mac);
+  const auto left = std::make_shared<std::size_t>(macs.size() + 1);
+  const auto done = [left, answer] {
+    if (--*left == 0) answer({{"ok", true}});
+  };
+  for (const std::string& mac : macs) release(mac, done);
+  done();
+}
+
+void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answer& answer) {
+  static const std::map<std::string, DrillFault> kFaults{{"segv", DrillFault::kBadStore},
+                                                         {"abort", DrillFault::kAbort},
+                                                         {"bus", DrillFault::kBusError}};
+  const auto pair = pairs_.find(text_of(request, "pair"));
+  if (pair == pairs_.end())
+    return answer(refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
+  const auto fault = kFaults.find(text_of(request, "fault"));
+  if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort or bus"));
+  const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
+  if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
+  drills_.push_back({pair->first, before, answer, {}});
+  Drill* stored = &drills_.back();
+  stored->limit = loop_.after(kDrillLimit, [this, stored] {
+    stored->answer(refusal("drill: the backend was told to fail, and no failover was recorded within 20 s"));
+    drills_.remove_if([stored](const Drill& other) { return &other == stored; });
+  });
+}
+
+void Supervisor::check_drills() {
+  for (auto entry = drills_.begin(); entry != drills_.end();) {
+    const Incident* found = nullptr;
+    for (const Incident& incident : incidents_->recent())
+      if (incident.id > entry->incident && incident.pair == entry->pair && incident.closed) found = &incident;
+    if (found == nullptr) {
+      ++entry;
+      continue;
+    }
+    entry->answer({{"ok", true}, {"incident", found->to_json()}});
+    entry = drills_.erase(entry);
+  }
+}
+
+nlohmann::json Supervisor::status() const {
+  nlohmann::json pairs = nlohmann::json::array();
+  for (const auto& [name, pair] : pairs_) {
+    nlohmann::json macs = nlohmann::json::array();
+    for (const auto& [mac, nic] : nics_)
+      if (nic.pair == pair.get()) macs.push_back(mac);
+    const std::uint64_t word = pair->segment().shards[0].owner.load(std::memory_order_relaxed);
+    pairs.push_back({{"name", name},
+                     {"state", pair_state_name(pair->state())},
+                     {"active", member_status(*pair, pair->owner(), true)},
+                     {"standby", member_status(*pair, pair->heir(), false)},
+                     {"epoch", owner_epoch(word)},
+                     {"shards", config_.shards},
+                     {"nics", std::move(macs)}});
+  }
+  nlohmann::json nics = nlohmann::json::array();
+  for (const auto& [mac, nic] : nics_) nics.push_back(nic_status(nic));
+  return {{"ok", true}, {"pairs", std::move(pairs)}, {"nics", std::move(nics)}};
+}
+
+nlohmann::json Supervisor::nic_status(const Nic& nic) const {
+  struct Sum {
+    std::uint64_t packets = 0, bytes = 0, dropped = 0;
+    void add(const VringCursors& cursors) {
+      packets += cursors.packets;
+      bytes += cursors.bytes;
+      dropped += cursors.dropped;
+    }
+    [[nodiscard]] nlohmann::json json() const {
+      return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}};
+    }
+  } receive, transmit;
+  std::string fault;
+  for (std::uint32_t i = 0; i < nic.option.queues; ++i) {
+    const QueuePairState& state = nic.pair->segment().queue_pairs[nic.first_queue_pair + i];
+    receive.add(state.receive);
+    transmit.add(state.transmit);
+    for (const VringCursors* cursors : {&state.receive, &state.transmit})
+      if (const QueueFault found = cursors->fault.load(std::memory_order_relaxed); found != QueueFault::kNone)
+        fault = fault_name(found);
+  }
+  std::uint64_t overflow = 0;
+  if (auto statistics = nic.uplink->statistics())
+    for (const XskStatistics& queue : *statistics) overflow += queue.rx_dropped + queue.rx_ring_full;
+  const bool bridge = nic.option.uplink.kind == UplinkOption::Kind::kBridge;
+  std::uint32_t running = 0;
+  for (std::uint32_t i = 0; i < 2 * nic.option.queues; ++i)
+    running += (nic.device->description().vrings[i].flags & VringDescription::kRunning) != 0;
+  return {{"mac", nic.option.mac},
+          {"domain", nic.domain},
+          {"pair", nic.pair->name()},
+          {"uplink", {{bridge ? "bridge" : "dev", nic.option.uplink.name}, {"device", nic.uplink->netdev()}}},
+          {"uplink_problem", nic.uplink_problem},
+          {"connected", nic.connected},
+          {"generation", nic.device->description().generation},
+          {"queue_pairs", nic.option.queues},
+          {"running_queues", running},
+          {"fault", fault},
+          {"rx", receive.json()},
+          {"tx", transmit.json()},
+          {"overflow", overflow}};
+}
+
+nlohmann::json Supervisor::incident_list() const {
+  nlohmann::json list = nlohmann::json::array();
+  for (const Incident& incident : incidents_->recent()) list.push_back(incident.to_json());
+  return {{"ok", true}, {"incidents", std::move(list)}};
+}
+
+}  // namespace tandem
