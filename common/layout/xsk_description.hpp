@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// XskDescription: everything a process needs to drive one AF_XDP socket from its shared rings alone, as plain data.
+//
+// The supervisor makes the socket and its UMEM (recovery/uplink/) and sends one XskDescription per queue pair, with two
+// descriptors in this order: the socket, the UMEM memfd. A backend maps the four rings and the UMEM and knows all there is:
+// the rings' indices live only in that shared memory, so an heir goes on where the dead owner stood.
+// Source: include/uapi/linux/if_xdp.h, net/xdp/xsk.c, Documentation/networking/af_xdp.rst.
+//
+// Rules for whoever drives the rings (one owner at a time, each ring is single producer, single consumer):
+//  - Frames are named by their offset in the UMEM. RX frames are [0, rx_frames), TX frames
+//    [rx_frames, rx_frames + tx_frames), times frame_size. The maker has posted every RX frame on the fill ring.
+//  - A received descriptor's address points somewhere inside its frame: the frame is address & ~(frame_size - 1), and what
+//    goes back on the fill ring is that frame's start.
+//  - No XDP_USE_NEED_WAKEUP: the flags word never says "no need". After publishing on TX call
+//    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends at most
+//    32 frames, then EAGAIN; ENOBUFS and EBUSY mean "later". The fill ring needs no call in copy mode.
+//  - The socket is readable in epoll when RX is not empty.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace tandem {
+
+inline constexpr std::uint32_t kXskDescriptionVersion = 1;
+/// Frames per socket. Equal to the ring sizes, so that neither the fill nor the completion ring can ever overflow.
+inline constexpr std::uint32_t kXskRxFrames = 2048;
+inline constexpr std::uint32_t kXskTxFrames = 2048;
+/// Room that the kernel leaves in front of each received frame (XDP_PACKET_HEADROOM, include/uapi/linux/bpf.h).
+inline constexpr std::uint32_t kXskKernelHeadroom = 256;
+/// The two frame sizes in use; a frame is never larger than a page. The larger one is for MTUs above kXskSmallFrameMtu.
+inline constexpr std::uint32_t kXskSmallFrame = 2048;
+inline constexpr std::uint32_t kXskLargeFrame = 4096;
+/// Ethernet header and two VLAN tags, which an MTU does not count.
+inline constexpr std::uint32_t kXskLinkHeader = 14 + 2 * 4;
+inline constexpr std::uint32_t kXskSmallFrameMtu = kXskSmallFrame - kXskKernelHeadroom - kXskLinkHeader;  // 1770
+inline constexpr std::uint32_t kXskLargestMtu = kXskLargeFrame - kXskKernelHeadroom - kXskLinkHeader;     // 3818
+/// Descriptors that travel beside each XskDescription: the socket, then the UMEM.
+inline constexpr std::uint32_t kXskFdsPerQueue = 2;
+
+/// One ring as mmap() sees it: map `mmap_size` bytes of the socket at `mmap_offset`; the other fields are byte offsets in
+/// that mapping. `producer` and `consumer` are free-running 32-bit indices (entry = index & (entries - 1)).
+struct XskRing {
+  std::uint64_t mmap_offset = 0;
+  std::uint64_t mmap_size = 0;
+  std::uint64_t producer = 0;
+  std::uint64_t consumer = 0;
+  std::uint64_t descriptors = 0;
+  std::uint64_t flags = 0;
+  std::uint32_t entries = 0;     ///< a power of two
+  std::uint32_t entry_size = 0;  ///< 16 (struct xdp_desc) for RX and TX, 8 (address) for fill and completion
+};
+
+struct XskDescription {
+  static constexpr std::uint32_t kZeroCopy = 1u << 0;
+
+  std::uint32_t version = kXskDescriptionVersion;
+  std::uint32_t flags = 0;
+  std::uint32_t ifindex = 0;  ///< netdev the socket is bound to, in the supervisor's network namespace
+  std::uint32_t queue = 0;    ///< its RX/TX queue, equal to the queue pair's number
+  std::uint32_t frame_size = 0;
+  std::uint32_t headroom = 0;  ///< extra bytes in front of received frames beyond the kernel's own; 0 here
+  std::uint32_t rx_frames = 0;
+  std::uint32_t tx_frames = 0;
+  std::uint32_t max_packet = 0;  ///< longest frame in bytes, link header included, that fits RX and TX frames alike
+  std::uint32_t reserved = 0;
+  std::uint64_t umem_size = 0;  ///< (rx_frames + tx_frames) * frame_size
+  XskRing rx;
+  XskRing tx;
+  XskRing fill;
+  XskRing completion;
+};
+
+static_assert(std::is_trivially_copyable_v<XskDescription>);
+static_assert(sizeof(XskRing) == 56);
+static_assert(offsetof(XskDescription, rx) == 48);
+static_assert(sizeof(XskDescription) == 48 + 4 * 56);
+
+}  // namespace tandem
