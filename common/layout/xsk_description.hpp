@@ -2,18 +2,19 @@
 // XskDescription: everything a process needs to drive one AF_XDP socket from its shared rings alone, as plain data.
 //
 // The supervisor makes the socket and its UMEM (recovery/uplink/) and sends one XskDescription per queue pair, with two
-// descriptors in this order: the socket, the UMEM memfd. A backend maps the four rings and the UMEM and knows all there is:
-// the rings' indices live only in that shared memory, so an heir goes on where the dead owner stood.
-// Source: include/uapi/linux/if_xdp.h, net/xdp/xsk.c, Documentation/networking/af_xdp.rst.
+// descriptors in this order: the socket, the UMEM memfd. A backend maps the four rings and the UMEM and knows all there
+// is: the rings' indices live only in that shared memory, so an heir goes on where the dead owner stood. Source:
+// include/uapi/linux/if_xdp.h, net/xdp/xsk.c, Documentation/networking/af_xdp.rst.
 //
 // Rules for whoever drives the rings (one owner at a time, each ring is single producer, single consumer):
 //  - Frames are named by their offset in the UMEM. RX frames are [0, rx_frames), TX frames
 //    [rx_frames, rx_frames + tx_frames), times frame_size. The maker has posted every RX frame on the fill ring.
-//  - A received descriptor's address points somewhere inside its frame: the frame is address & ~(frame_size - 1), and what
+//  - A received descriptor's address points somewhere inside its frame: the frame is address & ~(frame_size - 1), and
+//  what
 //    goes back on the fill ring is that frame's start.
 //  - No XDP_USE_NEED_WAKEUP: the flags word never says "no need". After publishing on TX call
-//    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends at most
-//    32 frames, then EAGAIN; ENOBUFS and EBUSY mean "later". The fill ring needs no call in copy mode.
+//    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends
+//    at most 32 frames, then EAGAIN; ENOBUFS and EBUSY mean "later". The fill ring needs no call in copy mode.
 //  - The socket is readable in epoll when RX is not empty.
 #pragma once
 
@@ -39,8 +40,8 @@ inline constexpr std::uint32_t kXskLargestMtu = kXskLargeFrame - kXskKernelHeadr
 /// Descriptors that travel beside each XskDescription: the socket, then the UMEM.
 inline constexpr std::uint32_t kXskFdsPerQueue = 2;
 
-/// One ring as mmap() sees it: map `mmap_size` bytes of the socket at `mmap_offset`; the other fields are byte offsets in
-/// that mapping. `producer` and `consumer` are free-running 32-bit indices (entry = index & (entries - 1)).
+/// One ring as mmap() sees it: map `mmap_size` bytes of the socket at `mmap_offset`; the other fields are byte offsets
+/// in that mapping. `producer` and `consumer` are free-running 32-bit indices (entry = index & (entries - 1)).
 struct XskRing {
   std::uint64_t mmap_offset = 0;
   std::uint64_t mmap_size = 0;
