@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Uplink: connects one NIC to the outside, as AF_XDP sockets on a veth of ours (bridge=) or on a whole netdev (dev=).
+//
+// Made by the supervisor (root, one thread, in the network namespace of the bridge or netdev). Backends get, per queue
+// pair, one XskDescription and two descriptors; everything about using them is in common/layout/xsk_description.hpp.
+// Frames keep queueing in the kernel's rings while no process reads them.
+//
+// bridge=: a veth pair tdmXXXXXXa (ours) and tdmXXXXXXb (a port of the bridge). The port's transmit offloads are off,
+// so that frames arrive with checksums done, one MTU long at most, VLAN tags in place; neither end speaks IPv6 by
+// itself. dev=: the whole netdev. Queues that no queue pair serves must not get frames, so its channels are set to
+// match. Promiscuous mode ends with the last holder of keep_fds(); channels, features and the up state are put back by
+// close() only. Limits: veth queues 256 frames per queue between two polls (VETH_RING_SIZE, drivers/net/veth.c) and has
+// no setting for it; native XDP on veth needs an MTU of at most about 3500, above it generic mode is used.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/layout/xsk_description.hpp"
+#include "common/result.hpp"
+#include "common/unique_fd.hpp"
+#include "recovery/uplink/ethtool.hpp"
+#include "recovery/uplink/link_monitor.hpp"
+#include "recovery/uplink/rtnetlink.hpp"
+#include "recovery/uplink/xdp_redirect.hpp"
+#include "recovery/uplink/xsk_queue.hpp"
+
+namespace tandem {
+
+enum class UplinkKind { kBridge, kDev };
+
+struct UplinkConfig {
+  UplinkKind kind = UplinkKind::kBridge;
+  std::string name;  ///< of the bridge or netdev
+  std::string mac;   ///< the NIC's, by which the uplink is named
+  std::uint32_t queue_pairs = 1;
+  std::uint32_t mtu = 0;  ///< the guest's; 0: as the bridge or netdev has it
+  std::string instance = "default";
+  std::string pin_dir;             ///< all uplinks of the instance, e.g. /sys/fs/bpf/tandem/default/uplink
+  bool pass_host_traffic = false;  ///< dev=: frames on queues without a socket go to the host's stack
+  bool promiscuous = true;         ///< dev=: else only frames to `mac` and all multicast
+  bool zero_copy = false;          ///< dev=: let the driver use zero-copy if it can
+};
+
+/// A flag that moves with its owner: what was moved from has nothing to undo.
+class OwnedFlag {
+ public:
+  OwnedFlag() noexcept = default;
+  OwnedFlag(OwnedFlag&& other) noexcept : set_(other.take()) {}
+  OwnedFlag& operator=(OwnedFlag&&) = delete;
+  ~OwnedFlag() = default;
+  void set() noexcept { set_ = true; }
+  /// Clears the flag and tells whether it was set.
+  bool take() noexcept { return std::exchange(set_, false); }
+
+ private:
+  bool set_ = false;
+};
+
+/// Cleans up when it goes, unless leave_in_place() was called.
+class Uplink {
+ public:
+  /// kInvalid: the configuration does not fit the host (bridge missing, name taken, MTU too large); the text says what
+  /// to change. Whatever was made before a failure is removed again.
+  static Result<Uplink> open(const UplinkConfig& config);
+
+  /// Removes every veth and pin that uplinks of `instance` left behind, at a clean start (no pair runs). Returns what
+  /// it removed, for the log.
+  static Result<std::vector<std::string>> remove_stale(const std::string& instance, const std::string& pin_dir);
+
+  Uplink(Uplink&& other) noexcept = default;
+  Uplink& operator=(Uplink&&) = delete;
+  ~Uplink();
+
+  [[nodiscard]] std::vector<XskDescription> descriptions() const;
+  /// Socket and UMEM of each queue pair in turn; they stay this object's.
+  [[nodiscard]] std::vector<int> descriptors() const;
+  /// What else must stay open for the uplink to work without this process (the vault's to hold); they stay this
+  /// object's.
+  [[nodiscard]] std::vector<int> keep_fds() const;
+
+  [[nodiscard]] std::uint32_t mtu() const noexcept { return mtu_; }
+  [[nodiscard]] const std::string& netdev() const noexcept { return ours_.name; }
+  [[nodiscard]] const std::string& port() const noexcept { return port_.name; }  ///< bridge=: the bridge's end
+  /// Things the operator should know though they are no errors; for the log.
+  [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+
+  Result<std::vector<XskStatistics>> statistics() const;
+
+  /// Readable when some link of the namespace changed: then call check().
+  [[nodiscard]] int monitor_fd() const noexcept { return monitor_.fd(); }
+  /// kGone, with what to do, if the uplink does not work any more: netdev or bridge deleted, taken down, port moved.
+  Status check();
+
+  /// Undoes everything open() did. The first failure is reported, after all was tried.
+  Status close();
+  /// From here on close() and the end of this object remove nothing: another process takes over.
+  void leave_in_place() noexcept { (void)owned_.take(); }
+
+ private:
+  explicit Uplink(UplinkConfig config, Rtnetlink rtnetlink)
+      : config_(std::move(config)), rtnetlink_(std::move(rtnetlink)) {}
+  Status open_bridge();
+  Status add_veth();
+  Status prepare_veth_ends();
+  Status open_dev();
+  Status match_channels();
+  Status receive_everything();
+  Status open_queues(bool pass_host_traffic);
+  Status set_mtu(std::uint32_t available);
+
+  UplinkConfig config_;
+  Rtnetlink rtnetlink_;
+  LinkMonitor monitor_;
+  LinkState above_;  ///< the bridge (bridge=)
+  LinkState ours_;   ///< where the sockets are
+  LinkState port_;   ///< the bridge's end (bridge=)
+  std::uint32_t mtu_ = 0;
+  XdpRedirect redirect_;
+  std::vector<XskQueue> queues_;
+  UniqueFd membership_;                       ///< dev=: packet socket that holds promiscuous mode or the MAC filter
+  Channels channels_before_;                  ///< dev=
+  bool channels_changed_ = false;             ///< dev=
+  bool was_down_ = false;                     ///< dev=
+  std::vector<std::string> features_before_;  ///< dev=: switched off by us
+  std::vector<std::string> notes_;
+  OwnedFlag owned_;  ///< there is something to undo
+};
+
+}  // namespace tandem

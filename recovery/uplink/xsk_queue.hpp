@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// XskQueue: one AF_XDP socket with its UMEM, made by the supervisor and handed to backends by descriptor.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layout/xsk_description.hpp"
+#include "common/result.hpp"
+#include "common/unique_fd.hpp"
+
+namespace tandem {
+
+/// What the kernel counted for one socket (struct xdp_statistics, include/uapi/linux/if_xdp.h), in frames.
+struct XskStatistics {
+  std::uint64_t rx_dropped = 0;          ///< longer than a frame, or no memory
+  std::uint64_t rx_invalid_descs = 0;    ///< bad addresses on the fill ring
+  std::uint64_t tx_invalid_descs = 0;    ///< bad descriptors on the TX ring
+  std::uint64_t rx_ring_full = 0;        ///< overflow: the consumer was too slow
+  std::uint64_t rx_fill_ring_empty = 0;  ///< overflow: no free RX frame
+  std::uint64_t tx_ring_empty = 0;       ///< wake-ups that found nothing to send
+};
+
+/// Sole owner of its two descriptors. The socket stays bound, and in the XSKMAP, while any process holds a copy.
+class XskQueue {
+ public:
+  /// Frame size for an MTU; kInvalid names the largest MTU when none is large enough.
+  static Result<std::uint32_t> frame_size_for(std::uint32_t mtu);
+
+  /// Makes socket and UMEM for `queue` of netdev `ifindex` and posts all RX frames on the fill ring. Copy mode unless
+  /// `zero_copy`, which takes zero-copy if the driver has it. Needs CAP_NET_RAW, and CAP_IPC_LOCK for the pinned UMEM.
+  static Result<XskQueue> open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size, bool zero_copy);
+
+  [[nodiscard]] const XskDescription& description() const noexcept { return description_; }
+  [[nodiscard]] int socket_fd() const noexcept { return socket_.get(); }
+  [[nodiscard]] int umem_fd() const noexcept { return umem_.get(); }
+
+ private:
+  XskQueue() = default;
+  Status register_umem();
+  Status make_rings();
+  Status read_offsets();
+  Status post_rx_frames();
+  Status bind(bool zero_copy);
+
+  UniqueFd socket_;
+  UniqueFd umem_;
+  XskDescription description_;
+};
+
+/// Counters of the AF_XDP socket `fd`. Fails for anything that is not one, /dev/null for example.
+Result<XskStatistics> xsk_statistics(int fd);
+
+}  // namespace tandem
