@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "common/layout/device_description.hpp"
 #include "common/layout/segment.hpp"
 #include "common/layout/xsk_description.hpp"
 #include "common/mapping.hpp"
