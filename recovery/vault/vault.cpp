@@ -200,6 +200,9 @@ bool Vault::handle(VaultMessage message) {
     case VaultType::kUnlisten:
       if (nic == nics_.end()) return true;
       if (nic->second.front_end) count_close(nic->first, CloseReason::kAsked);
+      // The listener first: nobody may connect once the front end has seen the end.
+      nic->second.accepting.reset();
+      nic->second.listener.reset();
       nics_.erase(nic);
       return true;
     case VaultType::kClose:

@@ -42,14 +42,20 @@ Clock::duration until(Clock::time_point deadline) { return std::max(Clock::durat
 
 Result<VaultClient> VaultClient::connect(const std::string& path, Milliseconds limit) {
   const auto deadline = Clock::now() + limit;
-  for (;;) {
+  Result<VaultClient> refusal = tl::make_unexpected(Error{});
+  for (bool refused = false;;) {
     Result<VaultClient> client = tl::make_unexpected(Error{});
     if (auto socket = connect_socket(path)) {
       client = adopt(std::move(*socket), std::chrono::ceil<Milliseconds>(until(deadline)));
     } else {
       client = tl::make_unexpected(socket.error());
     }
-    if (client || client.error().kind != ErrorKind::kGone || Clock::now() + kRetryPause >= deadline) return client;
+    // When the last try merely runs out of time, the refusal before it is the better answer.
+    if (client || client.error().kind != ErrorKind::kGone)
+      return refused && !client && client.error().kind == ErrorKind::kSystem ? std::move(refusal) : std::move(client);
+    if (Clock::now() + kRetryPause >= deadline) return client;
+    refusal = tl::make_unexpected(client.error());
+    refused = true;
     ::poll(nullptr, 0, static_cast<int>(kRetryPause.count()));
   }
 }

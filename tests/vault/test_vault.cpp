@@ -215,7 +215,7 @@ TEST_CASE("events that arrive during fetch_all are dispatched after it, and wake
 TEST_CASE("a second attach is refused while the first is alive") {
   VaultThread vault;
   auto client = vault.attach();
-  auto second = VaultClient::connect(vault.path(), std::chrono::milliseconds{100});
+  auto second = VaultClient::connect(vault.path(), std::chrono::milliseconds{300});
   REQUIRE_FALSE(second);
   CHECK(second.error().kind == ErrorKind::kGone);
   CHECK(second.error().text.find("another tandemd is attached") != std::string::npos);
@@ -301,6 +301,7 @@ TEST_CASE("a tandemd that does not read loses nothing and stops nobody") {
     REQUIRE(dispatch_until(client, ignored, [&] { return client.queued() == 0; }));
   }
   for (const char* nic : {"a", "b"}) vault.listen(client, nic);
+  REQUIRE(client.fetch_all());  // everything queued has reached the vault
   { auto drop = std::move(client); }
 
   UniqueFd socket{::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
