@@ -105,7 +105,7 @@ FrontEnd::Progress FrontEnd::accept_header() {
   std::memcpy(&flags, buffer_.data() + 4, sizeof flags);
   std::memcpy(&size, buffer_.data() + 8, sizeof size);
   if ((flags & kVersionMask) != kVersion1) return over(CloseReason::kBadVersion);
-  if (size > kMaxVhostUserPayload) return over(CloseReason::kOversize);
+  if (size > kMaxRelayedPayload) return over(CloseReason::kOversize);
   wanted_ = kVhostUserHeader + size;
   return Progress::kComplete;
 }

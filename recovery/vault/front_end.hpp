@@ -26,7 +26,7 @@ enum class CloseReason : std::uint8_t {
   kMidMessage,  ///< closed by the front end inside a message
   kReadError,
   kBadVersion,     ///< flags without version 1
-  kOversize,       ///< payload above kMaxVhostUserPayload
+  kOversize,       ///< payload above kMaxRelayedPayload
   kTooManyFds,     ///< ancillary data truncated: above kMaxVhostUserFds, or this process is out of descriptors
   kStrayFds,       ///< descriptors in the middle of a message
   kUnreadReplies,  ///< kMaxUnreadReplies exceeded

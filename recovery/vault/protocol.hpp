@@ -35,8 +35,8 @@ inline constexpr std::size_t kMaxVaultName = 127;        ///< bytes
 inline constexpr std::size_t kMaxVaultBlob = 60 * 1024;  ///< bytes
 inline constexpr std::size_t kVhostUserHeader =
     12;  ///< bytes: request, flags, size (vhost-user, "Message Specification")
-inline constexpr std::size_t kMaxVhostUserPayload = 4096;  ///< bytes
-inline constexpr std::size_t kMaxVhostUserFrame = kVhostUserHeader + kMaxVhostUserPayload;
+inline constexpr std::size_t kMaxRelayedPayload = 4096;  ///< bytes
+inline constexpr std::size_t kMaxVhostUserFrame = kVhostUserHeader + kMaxRelayedPayload;
 inline constexpr std::size_t kMaxVhostUserFds = 8;  ///< the specification's limit on regions in one SET_MEM_TABLE
 
 enum class VaultType : std::uint16_t {

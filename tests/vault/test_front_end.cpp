@@ -80,11 +80,11 @@ TEST_CASE("the largest payload passes, malformed messages end the connection") {
       CHECK(wire.front_end.reason() == reason);
     };
     SECTION("largest") {
-      write_raw(wire.peer.get(), frame(1, kMaxVhostUserPayload));
+      write_raw(wire.peer.get(), frame(1, kMaxRelayedPayload));
       CHECK(wire.front_end.read() == Progress::kComplete);
     }
     SECTION("one byte more") {
-      write_raw(wire.peer.get(), frame(1, kMaxVhostUserPayload + 1));
+      write_raw(wire.peer.get(), frame(1, kMaxRelayedPayload + 1));
       refused(CloseReason::kOversize);
     }
     SECTION("size -1, with descriptors") {

@@ -283,7 +283,7 @@ TEST_CASE("misbehaving front ends cost only their connection and leave no descri
   const auto many = [&](std::size_t count) { return std::vector<int>(count, file.get()); };
   Bytes half = frame(1, 100);
   half.resize(50);
-  const std::vector<std::pair<Bytes, std::vector<int>>> rows{{frame(1, kMaxVhostUserPayload + 1), many(8)},
+  const std::vector<std::pair<Bytes, std::vector<int>>> rows{{frame(1, kMaxRelayedPayload + 1), many(8)},
                                                              {frame(1, 0, 0), many(8)},
                                                              {frame(1, 0, 3), many(1)},
                                                              {half, many(8)},

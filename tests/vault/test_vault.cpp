@@ -364,7 +364,7 @@ TEST_CASE("a front end that never reads its replies costs only itself") {
     REQUIRE((wrote == 12 || errno == EPIPE || errno == ECONNRESET));
     REQUIRE(dispatch_until(client, got, [&] { return got.messages.size() > done || !got.ends.empty(); }));
     for (; done < got.messages.size(); ++done)
-      REQUIRE(client.applied("deaf", got.messages[done].sequence, frame(1, kMaxVhostUserPayload)));
+      REQUIRE(client.applied("deaf", got.messages[done].sequence, frame(1, kMaxRelayedPayload)));
     REQUIRE(done < 10000);
   }
   good.send(frame(9));
