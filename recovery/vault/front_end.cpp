@@ -33,17 +33,28 @@ bool collect_fds(msghdr& message, std::vector<UniqueFd>& fds) {
 
 const char* close_reason_text(CloseReason reason) {
   switch (reason) {
-    case CloseReason::kHangUp: return "closed by the front end";
-    case CloseReason::kMidMessage: return "closed by the front end inside a message";
-    case CloseReason::kReadError: return "read failed";
-    case CloseReason::kBadVersion: return "message is not vhost-user version 1";
-    case CloseReason::kOversize: return "payload above 4096 bytes";
-    case CloseReason::kTooManyFds: return "more than 8 descriptors in one message, or no room for them";
-    case CloseReason::kStrayFds: return "descriptors in the middle of a message";
-    case CloseReason::kUnreadReplies: return "front end does not read its replies";
-    case CloseReason::kWriteError: return "write failed";
-    case CloseReason::kAsked: return "closed by tandemd";
-    case CloseReason::kCount: break;
+    case CloseReason::kHangUp:
+      return "closed by the front end";
+    case CloseReason::kMidMessage:
+      return "closed by the front end inside a message";
+    case CloseReason::kReadError:
+      return "read failed";
+    case CloseReason::kBadVersion:
+      return "message is not vhost-user version 1";
+    case CloseReason::kOversize:
+      return "payload above 4096 bytes";
+    case CloseReason::kTooManyFds:
+      return "more than 8 descriptors in one message, or no room for them";
+    case CloseReason::kStrayFds:
+      return "descriptors in the middle of a message";
+    case CloseReason::kUnreadReplies:
+      return "front end does not read its replies";
+    case CloseReason::kWriteError:
+      return "write failed";
+    case CloseReason::kAsked:
+      return "closed by tandemd";
+    case CloseReason::kCount:
+      break;
   }
   return "unknown";
 }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// FrontEnd: one connected vhost-user front end: cuts its byte stream into messages, writes replies without ever blocking.
+// FrontEnd: one connected vhost-user front end: cuts its byte stream into messages, writes replies without ever
+// blocking.
 //
-// The front end (QEMU, DPDK virtio-user) is hostile. Only the frame is looked at here: version bits, size, and that descriptors
-// come with a message's first read (vhost-user specification, "Communication"); what a message means is tandemd's business.
-// No byte beyond the message in hand is read, so the kernel never delivers the next message's descriptors with this one.
+// The front end (QEMU, DPDK virtio-user) is hostile. Only the frame is looked at here: version bits, size, and that
+// descriptors come with a message's first read (vhost-user specification, "Communication"); what a message means is
+// tandemd's business. No byte beyond the message in hand is read, so the kernel never delivers the next message's
+// descriptors with this one.
 #pragma once
 
 #include <array>
@@ -20,8 +22,8 @@ namespace tandem {
 
 /// Why a connection ended. Counted and logged by the vault.
 enum class CloseReason : std::uint8_t {
-  kHangUp,         ///< closed by the front end between two messages
-  kMidMessage,     ///< closed by the front end inside a message
+  kHangUp,      ///< closed by the front end between two messages
+  kMidMessage,  ///< closed by the front end inside a message
   kReadError,
   kBadVersion,     ///< flags without version 1
   kOversize,       ///< payload above kMaxRelayedPayload
@@ -49,7 +51,8 @@ class FrontEnd {
 
   explicit FrontEnd(UniqueFd socket) : socket_(std::move(socket)) {}
 
-  /// Reads until the message in hand is complete (take() it), the socket is empty, or the connection is over (reason()).
+  /// Reads until the message in hand is complete (take() it), the socket is empty, or the connection is over
+  /// (reason()).
   Progress read();
   /// The complete message; the next read() begins the next one.
   VhostUserFrame take();

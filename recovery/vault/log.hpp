@@ -10,8 +10,8 @@
 
 namespace tandem {
 
-/// Writes one line. A reader that stopped reading loses lines; it must not stop the vault. (A pipe that polls writable takes
-/// PIPE_BUF = 4096 bytes without blocking, pipe(7).)
+/// Writes one line. A reader that stopped reading loses lines; it must not stop the vault. (A pipe that polls writable
+/// takes PIPE_BUF = 4096 bytes without blocking, pipe(7).)
 inline void vault_log(std::string_view text) {
   pollfd ready{STDERR_FILENO, POLLOUT, 0};
   if (::poll(&ready, 1, 0) != 1 || (ready.revents & POLLOUT) == 0) return;

@@ -54,31 +54,42 @@ Status parse_fd(const char* text, int& fd) {
 
 Status apply_option(int option, Arguments& arguments) {
   switch (option) {
-    case 's': arguments.socket = optarg; return {};
-    case 'f': return parse_fd(optarg, arguments.fd);
-    case 'e': arguments.exit_when_empty = true; return {};
-    case 'S': arguments.supervise = true; return {};
-    case 'h': arguments.done = true; std::fputs(kUsage, stdout); return {};
-    case 'v': arguments.done = true; std::puts("tandem-vault " TANDEM_VERSION); return {};
+    case 's':
+      arguments.socket = optarg;
+      return {};
+    case 'f':
+      return parse_fd(optarg, arguments.fd);
+    case 'e':
+      arguments.exit_when_empty = true;
+      return {};
+    case 'S':
+      arguments.supervise = true;
+      return {};
+    case 'h':
+      arguments.done = true;
+      std::fputs(kUsage, stdout);
+      return {};
+    case 'v':
+      arguments.done = true;
+      std::puts("tandem-vault " TANDEM_VERSION);
+      return {};
     case 'u': {
       auto user = find_vault_user(optarg);
       if (!user) return tl::make_unexpected(user.error());
       arguments.user = *user;
       return {};
     }
-    default: return fail(ErrorKind::kInvalid, "wrong usage; see tandem-vault --help");
+    default:
+      return fail(ErrorKind::kInvalid, "wrong usage; see tandem-vault --help");
   }
 }
 
 Result<Arguments> parse(int count, char** values) {
-  static constexpr option kOptions[] = {{"socket", required_argument, nullptr, 's'},
-                                        {"fd", required_argument, nullptr, 'f'},
-                                        {"user", required_argument, nullptr, 'u'},
-                                        {"exit-when-empty", no_argument, nullptr, 'e'},
-                                        {"supervise", no_argument, nullptr, 'S'},
-                                        {"help", no_argument, nullptr, 'h'},
-                                        {"version", no_argument, nullptr, 'v'},
-                                        {nullptr, 0, nullptr, 0}};
+  static constexpr option kOptions[] = {
+      {"socket", required_argument, nullptr, 's'}, {"fd", required_argument, nullptr, 'f'},
+      {"user", required_argument, nullptr, 'u'},   {"exit-when-empty", no_argument, nullptr, 'e'},
+      {"supervise", no_argument, nullptr, 'S'},    {"help", no_argument, nullptr, 'h'},
+      {"version", no_argument, nullptr, 'v'},      {nullptr, 0, nullptr, 0}};
   Arguments arguments;
   for (int option = 0; (option = ::getopt_long(count, values, "+", kOptions, nullptr)) != -1;) {
     if (auto applied = apply_option(option, arguments); !applied) return tl::make_unexpected(applied.error());
@@ -97,7 +108,8 @@ Result<UniqueFd> listen_at(const std::string& path) {
   const std::string doing = "listen at " + path;
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof address.sun_path) return fail(ErrorKind::kInvalid, doing + ": path too long for a unix socket");
+  if (path.size() >= sizeof address.sun_path)
+    return fail(ErrorKind::kInvalid, doing + ": path too long for a unix socket");
   path.copy(address.sun_path, path.size());
   const auto* name = reinterpret_cast<const sockaddr*>(&address);
   UniqueFd probe{::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
@@ -149,7 +161,8 @@ Status serve(const Arguments& arguments, UniqueFd listener) {
   if (auto entered = enter_sandbox(arguments); !entered) return entered;
   while (!(*vault)->finished()) {
     pollfd ready[] = {{signals.get(), POLLIN, 0}, {(*vault)->fd(), POLLIN, 0}};
-    if (::poll(ready, std::size(ready), (*vault)->timeout()) < 0 && errno != EINTR) return fail_errno("wait for events");
+    if (::poll(ready, std::size(ready), (*vault)->timeout()) < 0 && errno != EINTR)
+      return fail_errno("wait for events");
     if (ready[0].revents != 0) return {};
     if (auto stepped = (*vault)->step(0); !stepped) return tl::make_unexpected(stepped.error());
   }

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The wire format between tandemd and tandem-vault: one header, a name, a body and descriptors per SOCK_SEQPACKET message.
+// The wire format between tandemd and tandem-vault: one header, a name, a body and descriptors per SOCK_SEQPACKET
+// message.
 //
-// Every message is VaultHeader, then name_size bytes of name (an item's key or a nic's name), then body_size bytes, with
-// fd_count descriptors as ancillary data. Integers are in host order: both ends run on one machine. kVaultRules says which
-// message carries what; decode_vault_message() is the one function that validates. The first two fields (version, type) keep
-// their place in every version; raise kVaultVersion whenever anything else in this file changes its meaning.
+// Every message is VaultHeader, then name_size bytes of name (an item's key or a nic's name), then body_size bytes,
+// with fd_count descriptors as ancillary data. Integers are in host order: both ends run on one machine. kVaultRules
+// says which message carries what; decode_vault_message() is the one function that validates. The first two fields
+// (version, type) keep their place in every version; raise kVaultVersion whenever anything else in this file changes
+// its meaning.
 //
 // The dialogue, as tandemd sees it:
-//   HELLO -> WELCOME, then what the vault holds: per nic LISTENING, CONNECTED if there is a front end, and the message (or
-//   disconnection) that is not applied yet, under the sequence it always had; then ANNOUNCED. From then on CONNECTED, MESSAGE
-//   and DISCONNECTED as they happen. MESSAGE and DISCONNECTED are repeated to every new tandemd until APPLIED names their
-//   sequence; a nic has at most one of them outstanding. Each DISCONNECTED follows a CONNECTED of the same connection in the
-//   same dialogue; the next connection is accepted only after it is APPLIED.
+//   HELLO -> WELCOME, then what the vault holds: per nic LISTENING, CONNECTED if there is a front end, and the message
+//   (or disconnection) that is not applied yet, under the sequence it always had; then ANNOUNCED. From then on
+//   CONNECTED, MESSAGE and DISCONNECTED as they happen. MESSAGE and DISCONNECTED are repeated to every new tandemd
+//   until APPLIED names their sequence; a nic has at most one of them outstanding. Each DISCONNECTED follows a
+//   CONNECTED of the same connection in the same dialogue; the next connection is accepted only after it is APPLIED.
 #pragma once
 
 #include <cstddef>
@@ -29,24 +31,25 @@
 namespace tandem {
 
 inline constexpr std::uint16_t kVaultVersion = 1;
-inline constexpr std::size_t kMaxVaultName = 127;            ///< bytes
-inline constexpr std::size_t kMaxVaultBlob = 60 * 1024;      ///< bytes
-inline constexpr std::size_t kVhostUserHeader = 12;          ///< bytes: request, flags, size (vhost-user, "Message Specification")
-inline constexpr std::size_t kMaxRelayedPayload = 4096;    ///< bytes
+inline constexpr std::size_t kMaxVaultName = 127;        ///< bytes
+inline constexpr std::size_t kMaxVaultBlob = 60 * 1024;  ///< bytes
+inline constexpr std::size_t kVhostUserHeader =
+    12;  ///< bytes: request, flags, size (vhost-user, "Message Specification")
+inline constexpr std::size_t kMaxRelayedPayload = 4096;  ///< bytes
 inline constexpr std::size_t kMaxVhostUserFrame = kVhostUserHeader + kMaxRelayedPayload;
-inline constexpr std::size_t kMaxVhostUserFds = 8;           ///< the specification's limit on regions in one SET_MEM_TABLE
+inline constexpr std::size_t kMaxVhostUserFds = 8;  ///< the specification's limit on regions in one SET_MEM_TABLE
 
 enum class VaultType : std::uint16_t {
   // tandemd to vault
   kHello = 1,
-  kPut = 2,           ///< replaces the item `name` by body and fds
+  kPut = 2,  ///< replaces the item `name` by body and fds
   kDelete = 3,
   kDeletePrefix = 4,  ///< every item whose name begins with `name`; empty: all
   kFetch = 5,
-  kListen = 6,        ///< fd: a listening SOCK_STREAM unix socket
-  kUnlisten = 7,      ///< closes listener and connection without DISCONNECTED
-  kClose = 8,         ///< closes this connection; DISCONNECTED follows
-  kApplied = 9,       ///< `sequence` is done; body: reply, fd: sent with the reply
+  kListen = 6,    ///< fd: a listening SOCK_STREAM unix socket
+  kUnlisten = 7,  ///< closes listener and connection without DISCONNECTED
+  kClose = 8,     ///< closes this connection; DISCONNECTED follows
+  kApplied = 9,   ///< `sequence` is done; body: reply, fd: sent with the reply
   // vault to tandemd
   kWelcome = 64,
   kListening = 65,
@@ -88,10 +91,12 @@ struct VaultRule {
   bool connection, sequence;
 };
 
+// clang-format off
 inline constexpr VaultRule kVaultRules[] = {
-    // type                     title            sender                 name               body                fds     connection, sequence
+    // type, title, sender, name (min, max), body (max), fds (min, max), connection, sequence
     {VaultType::kHello, "HELLO", VaultSender::kTandemd, 0, 0, 0, 0, 0, false, false},
-    {VaultType::kPut, "PUT", VaultSender::kTandemd, 1, kMaxVaultName, kMaxVaultBlob, 0, kMaxFdsPerMessage, false, false},
+    {VaultType::kPut, "PUT", VaultSender::kTandemd, 1,
+     kMaxVaultName, kMaxVaultBlob, 0, kMaxFdsPerMessage, false, false},
     {VaultType::kDelete, "DELETE", VaultSender::kTandemd, 1, kMaxVaultName, 0, 0, 0, false, false},
     {VaultType::kDeletePrefix, "DELETE_PREFIX", VaultSender::kTandemd, 0, kMaxVaultName, 0, 0, 0, false, false},
     {VaultType::kFetch, "FETCH", VaultSender::kTandemd, 0, 0, 0, 0, 0, false, false},
@@ -102,13 +107,16 @@ inline constexpr VaultRule kVaultRules[] = {
     {VaultType::kWelcome, "WELCOME", VaultSender::kVault, 0, 0, 0, 0, 0, false, false},
     {VaultType::kListening, "LISTENING", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, false, false},
     {VaultType::kConnected, "CONNECTED", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, true, false},
-    {VaultType::kMessage, "MESSAGE", VaultSender::kVault, 1, kMaxVaultName, kMaxVhostUserFrame, 0, kMaxVhostUserFds, true, true},
+    {VaultType::kMessage, "MESSAGE", VaultSender::kVault, 1,
+     kMaxVaultName, kMaxVhostUserFrame, 0, kMaxVhostUserFds, true, true},
     {VaultType::kDisconnected, "DISCONNECTED", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, true, true},
     {VaultType::kAnnounced, "ANNOUNCED", VaultSender::kVault, 0, 0, 0, 0, 0, false, false},
-    {VaultType::kItem, "ITEM", VaultSender::kVault, 1, kMaxVaultName, kMaxVaultBlob, 0, kMaxFdsPerMessage, false, false},
+    {VaultType::kItem, "ITEM", VaultSender::kVault, 1,
+     kMaxVaultName, kMaxVaultBlob, 0, kMaxFdsPerMessage, false, false},
     {VaultType::kEnd, "END", VaultSender::kVault, 0, 0, 0, 0, 0, false, false},
     {VaultType::kError, "ERROR", VaultSender::kVault, 0, 0, kMaxVaultBlob, 0, 0, false, false},
 };
+// clang-format on
 
 /// A validated message. Owns its descriptors.
 struct VaultMessage {
@@ -128,11 +136,13 @@ Result<std::vector<std::byte>> encode_vault_message(VaultType type, std::string_
                                                     std::uint64_t sequence, std::span<const std::byte> body,
                                                     std::size_t fd_count);
 
-/// Validates what `sender` sent. kUnsupported: another version; kInvalid: breaks a rule. The descriptors are closed then.
+/// Validates what `sender` sent. kUnsupported: another version; kInvalid: breaks a rule. The descriptors are closed
+/// then.
 Result<VaultMessage> decode_vault_message(ChannelMessage received, VaultSender sender);
 
-/// FdChannel::receive() that does not lose a dead peer's last messages: a unix socket whose peer closed with unread data
-/// reports ECONNRESET once *before* what the peer had sent (net/unix/af_unix.c, unix_release_sock). kGone is the true end.
+/// FdChannel::receive() that does not lose a dead peer's last messages: a unix socket whose peer closed with unread
+/// data reports ECONNRESET once *before* what the peer had sent (net/unix/af_unix.c, unix_release_sock). kGone is the
+/// true end.
 Result<ChannelMessage> receive_to_the_end(FdChannel& channel, bool* would_block);
 
 }  // namespace tandem

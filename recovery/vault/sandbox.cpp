@@ -16,19 +16,25 @@
 namespace tandem {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 constexpr rlim_t kDescriptorLimit = 1u << 20;
 
-// The loop: epoll, accept, messages, checks on sockets, stderr, signalfd. The end: the socket's path, exit, abort. The C
-// library: heap, time, signals.
+// The loop: epoll, accept, messages, checks on sockets, stderr, signalfd. The end: the socket's path, exit, abort. The
+// C library: heap, time, signals.
 constexpr int kAllowed[] = {
-    SCMP_SYS(epoll_wait),     SCMP_SYS(epoll_pwait), SCMP_SYS(epoll_ctl),      SCMP_SYS(poll),
-    SCMP_SYS(ppoll),          SCMP_SYS(accept4),     SCMP_SYS(recvmsg),        SCMP_SYS(sendmsg),
-    SCMP_SYS(getsockopt),     SCMP_SYS(read),        SCMP_SYS(write),          SCMP_SYS(close),
-    SCMP_SYS(unlink),         SCMP_SYS(geteuid),     SCMP_SYS(exit),           SCMP_SYS(exit_group),
-    SCMP_SYS(rt_sigreturn),   SCMP_SYS(rt_sigaction), SCMP_SYS(rt_sigprocmask), SCMP_SYS(restart_syscall),
-    SCMP_SYS(brk),            SCMP_SYS(munmap),      SCMP_SYS(mremap),         SCMP_SYS(madvise),
-    SCMP_SYS(futex),          SCMP_SYS(getrandom),   SCMP_SYS(clock_gettime),  SCMP_SYS(gettid),
-    SCMP_SYS(getpid),         SCMP_SYS(tgkill),
+    SCMP_SYS(epoll_wait),   SCMP_SYS(epoll_pwait),  SCMP_SYS(epoll_ctl),      SCMP_SYS(poll),
+    SCMP_SYS(ppoll),        SCMP_SYS(accept4),      SCMP_SYS(recvmsg),        SCMP_SYS(sendmsg),
+    SCMP_SYS(getsockopt),   SCMP_SYS(read),         SCMP_SYS(write),          SCMP_SYS(close),
+    SCMP_SYS(unlink),       SCMP_SYS(geteuid),      SCMP_SYS(exit),           SCMP_SYS(exit_group),
+    SCMP_SYS(rt_sigreturn), SCMP_SYS(rt_sigaction), SCMP_SYS(rt_sigprocmask), SCMP_SYS(restart_syscall),
+    SCMP_SYS(brk),          SCMP_SYS(munmap),       SCMP_SYS(mremap),         SCMP_SYS(madvise),
+    SCMP_SYS(futex),        SCMP_SYS(getrandom),    SCMP_SYS(clock_gettime),  SCMP_SYS(gettid),
+    SCMP_SYS(getpid),       SCMP_SYS(tgkill),       SCMP_SYS(unlinkat),
 };
 
 int add_rules(scmp_filter_ctx filter) {
@@ -51,7 +57,8 @@ Result<VaultUser> find_vault_user(const std::string& name) {
   errno = 0;
   const passwd* entry = ::getpwnam(name.c_str());
   if (entry == nullptr)
-    return fail(ErrorKind::kInvalid, "run the vault as " + name + ": no such user; create it, or name another with --user");
+    return fail(ErrorKind::kInvalid,
+                "run the vault as " + name + ": no such user; create it, or name another with --user");
   return VaultUser{entry->pw_uid, entry->pw_gid};
 }
 
@@ -67,7 +74,8 @@ Status drop_privileges(const VaultUser& user) {
       ::setresuid(user.uid, user.uid, user.uid) != 0)
     return fail_errno("become user " + std::to_string(user.uid), "start the vault as root, or without --user");
   if (user.uid != 0 && ::setresuid(0, 0, 0) == 0)
-    return fail(ErrorKind::kSystem, "become user " + std::to_string(user.uid) + ": root can be regained; refusing to run");
+    return fail(ErrorKind::kSystem,
+                "become user " + std::to_string(user.uid) + ": root can be regained; refusing to run");
   return {};
 }
 
@@ -80,17 +88,13 @@ Status forbid_gains() {
 }
 
 Status restrict_system_calls() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return {};
-#else
+  if (kSanitized) return {};
   const std::unique_ptr<void, decltype(&seccomp_release)> filter{seccomp_init(SCMP_ACT_ERRNO(EPERM)), &seccomp_release};
   if (!filter) return fail(ErrorKind::kSystem, "restrict system calls: no memory for the filter");
   int failed = add_rules(filter.get());
   if (failed == 0) failed = seccomp_load(filter.get());
-  if (failed != 0)
-    return fail_errno("restrict system calls", "the kernel needs CONFIG_SECCOMP_FILTER", -failed);
+  if (failed != 0) return fail_errno("restrict system calls", "the kernel needs CONFIG_SECCOMP_FILTER", -failed);
   return {};
-#endif
 }
 
 }  // namespace tandem

@@ -99,8 +99,8 @@ class Supervisor {
   int run() {
     const sigset_t signals = handled_signals();
     ::sigprocmask(SIG_BLOCK, &signals, &outer_mask_);
-    vault_.start(outer_mask_);
-    command_.start(outer_mask_);
+    start(vault_);
+    start(command_);
     while (!stopping_ || vault_.running() || command_.running()) {
       const timespec limit = time_left();
       const int signal = ::sigtimedwait(&signals, nullptr, &limit);
@@ -149,12 +149,16 @@ class Supervisor {
       return;
     }
     for (Child* child : {&vault_, &command_})
-      if (const auto due = child->due(); due && *due <= now) child->start(outer_mask_);
+      if (const auto due = child->due(); due && *due <= now) start(*child);
   }
+
+  /// The vault begins with these signals blocked: it takes them from a descriptor, however early they come.
+  void start(Child& child) { child.start(&child == &vault_ ? handled_signals() : outer_mask_); }
 
   [[nodiscard]] timespec time_left() const {
     auto next = Clock::now() + std::chrono::hours{1};
-    if (stopping_) next = std::min(next, kill_at_);
+    if (stopping_)
+      next = std::min(next, kill_at_);
     else
       for (const Child* child : {&vault_, &command_})
         if (const auto due = child->due()) next = std::min(next, *due);

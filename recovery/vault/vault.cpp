@@ -38,8 +38,8 @@ bool set_nonblocking(int fd) {
   return flags >= 0 && ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
 }
 
-/// Whether one more message fits. A unix socket that polls writable has at most a quarter of its buffer in use and then takes
-/// a message of any size we send (net/unix/af_unix.c, unix_writable).
+/// Whether one more message fits. A unix socket that polls writable has at most a quarter of its buffer in use and then
+/// takes a message of any size we send (net/unix/af_unix.c, unix_writable).
 bool writable(int fd) {
   pollfd ready{fd, POLLOUT, 0};
   return ::poll(&ready, 1, 0) == 1 && (ready.revents & (POLLOUT | POLLHUP | POLLERR)) != 0;
@@ -63,7 +63,8 @@ Result<std::unique_ptr<Vault>> Vault::create(Options options) {
   vault->epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
   if (!vault->epoll_) return fail_errno("create the vault's epoll instance");
   const int listener = vault->options_.listener.get();
-  if (!set_nonblocking(listener)) return fail_errno("prepare the vault's socket", "pass a listening SOCK_SEQPACKET socket");
+  if (!set_nonblocking(listener))
+    return fail_errno("prepare the vault's socket", "pass a listening SOCK_SEQPACKET socket");
   vault->attaching_.emplace(vault->epoll_.get(), listener, kAttachTag);
   vault->attaching_->set(EPOLLIN);
   return vault;
@@ -76,9 +77,12 @@ Result<bool> Vault::step(int timeout) {
   const int got = ::epoll_wait(epoll_.get(), &event, 1, timeout);
   if (got < 0 && errno != EINTR) return fail_errno("wait for events");
   if (got <= 0) return false;
-  if (event.data.u64 == kAttachTag) on_attach();
-  else if (event.data.u64 == kChannelTag) on_channel(kRequestsPerEvent);
-  else on_nic_event(event.data.u64, event.events);
+  if (event.data.u64 == kAttachTag)
+    on_attach();
+  else if (event.data.u64 == kChannelTag)
+    on_channel(kRequestsPerEvent);
+  else
+    on_nic_event(event.data.u64, event.events);
   pump();
   return true;
 }
@@ -93,7 +97,8 @@ bool Vault::finished() const {
   return options_.exit_when_empty && was_attached_ && !channel_ && items_.empty() && nics_.empty();
 }
 
-// --- tandemd attaches -------------------------------------------------------------------------------------------------------
+// --- tandemd attaches
+// -------------------------------------------------------------------------------------------------------
 
 void Vault::on_attach() {
   UniqueFd socket{::accept4(options_.listener.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)};
@@ -122,8 +127,8 @@ void Vault::refuse(UniqueFd socket, const std::string& why) {
   vault_log("refused an attach: " + why);
   FdChannel channel{std::move(socket)};
   const auto text = std::as_bytes(std::span{why});
-  if (const auto bytes = encode_vault_message(VaultType::kError, {}, 0, 0, text, 0))
-    [[maybe_unused]] const auto sent = channel.send(*bytes);
+  if (const auto bytes = encode_vault_message(VaultType::kError, {}, 0, 0, text, 0)) [[maybe_unused]]
+    const auto sent = channel.send(*bytes);
 }
 
 void Vault::detach(const std::string& why) {
@@ -136,7 +141,8 @@ void Vault::detach(const std::string& why) {
   for (auto& [name, nic] : nics_) nic.told_listening = nic.told_connected = nic.told_event = false;
 }
 
-// --- tandemd's requests -----------------------------------------------------------------------------------------------------
+// --- tandemd's requests
+// -----------------------------------------------------------------------------------------------------
 
 void Vault::on_channel(int limit) {
   for (int i = 0; i < limit && channel_; ++i) {
@@ -173,22 +179,38 @@ bool Vault::greet(const Result<VaultMessage>& first) {
 bool Vault::handle(VaultMessage message) {
   const auto nic = nics_.find(message.name);
   switch (message.type) {
-    case VaultType::kPut: put(std::move(message)); return true;
-    case VaultType::kDelete: items_.erase(message.name); return true;
-    case VaultType::kDeletePrefix: delete_prefix(message.name); return true;
-    case VaultType::kFetch: fetch_after_.emplace(); return true;
-    case VaultType::kListen: listen(std::move(message)); return true;
-    case VaultType::kApplied: applied(std::move(message)); return true;
+    case VaultType::kPut:
+      put(std::move(message));
+      return true;
+    case VaultType::kDelete:
+      items_.erase(message.name);
+      return true;
+    case VaultType::kDeletePrefix:
+      delete_prefix(message.name);
+      return true;
+    case VaultType::kFetch:
+      fetch_after_.emplace();
+      return true;
+    case VaultType::kListen:
+      listen(std::move(message));
+      return true;
+    case VaultType::kApplied:
+      applied(std::move(message));
+      return true;
     case VaultType::kUnlisten:
       if (nic == nics_.end()) return true;
       if (nic->second.front_end) count_close(nic->first, CloseReason::kAsked);
+      // The listener first: nobody may connect once the front end has seen the end.
+      nic->second.accepting.reset();
+      nic->second.listener.reset();
       nics_.erase(nic);
       return true;
     case VaultType::kClose:
       if (nic != nics_.end() && nic->second.front_end && nic->second.connection_id == message.connection)
         close_front_end(nic->first, nic->second, CloseReason::kAsked);
       return true;
-    default: return false;  // HELLO: decode let nothing else through
+    default:
+      return false;  // HELLO: decode let nothing else through
   }
 }
 
@@ -206,7 +228,8 @@ void Vault::listen(VaultMessage message) {
   UniqueFd listener = std::move(message.fds.front());
   if (!is_listening_stream(listener.get()))
     return complain("LISTEN " + message.name + ": the descriptor is not a listening SOCK_STREAM unix socket");
-  if (!set_nonblocking(listener.get())) return complain("LISTEN " + message.name + ": cannot make the socket non-blocking");
+  if (!set_nonblocking(listener.get()))
+    return complain("LISTEN " + message.name + ": cannot make the socket non-blocking");
   const auto [entry, is_new] = nics_.try_emplace(message.name);
   Nic& nic = entry->second;
   if (is_new) nic.id = next_nic_++;
@@ -217,7 +240,8 @@ void Vault::listen(VaultMessage message) {
   watch(nic);
 }
 
-/// The one place where a message leaves the vault's hands. A sequence that is not the outstanding one was applied before.
+/// The one place where a message leaves the vault's hands. A sequence that is not the outstanding one was applied
+/// before.
 void Vault::applied(VaultMessage message) {
   const auto entry = nics_.find(message.name);
   if (entry == nics_.end()) return;
@@ -242,7 +266,8 @@ void Vault::complain(const std::string& text) {
   if (complaints_.size() < kMaxComplaints) complaints_.push_back(text);
 }
 
-// --- telling tandemd --------------------------------------------------------------------------------------------------------
+// --- telling tandemd
+// --------------------------------------------------------------------------------------------------------
 
 /// Says what is unsaid while the channel takes it; the rest when it is writable again.
 void Vault::pump() {
@@ -321,17 +346,19 @@ Vault::Told Vault::tell(VaultType type, std::string_view name, std::uint64_t con
   return Told::kStuck;
 }
 
-// --- front ends -------------------------------------------------------------------------------------------------------------
+// --- front ends
+// -------------------------------------------------------------------------------------------------------------
 
 void Vault::on_nic_event(std::uint64_t tag, std::uint32_t events) {
   for (auto& [name, nic] : nics_) {
     if (nic.id != tag >> 1) continue;
     if ((tag & 1) == 0) return accept_front_end(name, nic);
     if (!nic.front_end) return;
-    if ((events & EPOLLOUT) != 0 && !nic.front_end->flush())
-      return close_front_end(name, nic, nic.front_end->reason());
-    if (!nic.event) read_front_end(name, nic);
-    else watch(nic);
+    if ((events & EPOLLOUT) != 0 && !nic.front_end->flush()) return close_front_end(name, nic, nic.front_end->reason());
+    if (!nic.event)
+      read_front_end(name, nic);
+    else
+      watch(nic);
     return;
   }
 }
@@ -354,8 +381,10 @@ void Vault::accept_front_end(const std::string& name, Nic& nic) {
 
 void Vault::read_front_end(const std::string& name, Nic& nic) {
   switch (nic.front_end->read()) {
-    case FrontEnd::Progress::kIncomplete: break;
-    case FrontEnd::Progress::kClosed: return close_front_end(name, nic, nic.front_end->reason());
+    case FrontEnd::Progress::kIncomplete:
+      break;
+    case FrontEnd::Progress::kClosed:
+      return close_front_end(name, nic, nic.front_end->reason());
     case FrontEnd::Progress::kComplete:
       nic.event.emplace(Event{VaultType::kMessage, next_sequence_++, nic.front_end->take()});
       nic.told_event = false;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vault: holds every descriptor that must outlive tandemd and relays vhost-user messages one at a time.
 //
-// Without policy: it knows items (name, blob, descriptors), nics (a listening socket, at most one front end) and per nic at most
-// one event (a message, or the end of its connection) that tandemd has not applied yet. Everything survives tandemd; what a
-// successor must know is said again from that state, so there is no queue that could be lost.
+// Without policy: it knows items (name, blob, descriptors), nics (a listening socket, at most one front end) and per
+// nic at most one event (a message, or the end of its connection) that tandemd has not applied yet. Everything survives
+// tandemd; what a successor must know is said again from that state, so there is no queue that could be lost.
 //
-// Trust: a front end is hostile and costs only its own connection. tandemd is trusted with privilege, not with form: what breaks
-// the format is refused with ERROR. Known limit: closing a descriptor that a front end passed may block in the kernel if that
-// file does so on close (a FUSE server, a TCP socket with SO_LINGER); confine QEMU (sVirt) to keep it from such files.
+// Trust: a front end is hostile and costs only its own connection. tandemd is trusted with privilege, not with form:
+// what breaks the format is refused with ERROR. Known limit: closing a descriptor that a front end passed may block in
+// the kernel if that file does so on close (a FUSE server, a TCP socket with SO_LINGER); confine QEMU (sVirt) to keep
+// it from such files.
 //
 // One thread; never blocks outside step(). Times in milliseconds.
 #pragma once
@@ -29,8 +30,8 @@
 
 namespace tandem {
 
-/// A descriptor's registration in an epoll instance; does not own the descriptor and must go before it. An explicit removal is
-/// needed because closing alone does not end it: other processes hold the same open file.
+/// A descriptor's registration in an epoll instance; does not own the descriptor and must go before it. An explicit
+/// removal is needed because closing alone does not end it: other processes hold the same open file.
 class Interest {
  public:
   Interest(int epoll, int fd, std::uint64_t tag) : epoll_(epoll), fd_(fd), tag_(tag) {}

@@ -42,14 +42,20 @@ Clock::duration until(Clock::time_point deadline) { return std::max(Clock::durat
 
 Result<VaultClient> VaultClient::connect(const std::string& path, Milliseconds limit) {
   const auto deadline = Clock::now() + limit;
-  for (;;) {
+  Result<VaultClient> refusal = tl::make_unexpected(Error{});
+  for (bool refused = false;;) {
     Result<VaultClient> client = tl::make_unexpected(Error{});
     if (auto socket = connect_socket(path)) {
       client = adopt(std::move(*socket), std::chrono::ceil<Milliseconds>(until(deadline)));
     } else {
       client = tl::make_unexpected(socket.error());
     }
-    if (client || client.error().kind != ErrorKind::kGone || Clock::now() + kRetryPause >= deadline) return client;
+    // When the last try merely runs out of time, the refusal before it is the better answer.
+    if (client || client.error().kind != ErrorKind::kGone)
+      return refused && !client && client.error().kind == ErrorKind::kSystem ? std::move(refusal) : std::move(client);
+    if (Clock::now() + kRetryPause >= deadline) return client;
+    refusal = tl::make_unexpected(client.error());
+    refused = true;
     ::poll(nullptr, 0, static_cast<int>(kRetryPause.count()));
   }
 }
@@ -86,7 +92,8 @@ Status VaultClient::start(UniqueFd socket, Milliseconds limit) {
   }
 }
 
-// --- requests ---------------------------------------------------------------------------------------------------------------
+// --- requests
+// ---------------------------------------------------------------------------------------------------------------
 
 Status VaultClient::put(std::string_view key, std::span<const std::byte> blob, std::span<const int> fds) {
   return request(VaultType::kPut, key, 0, 0, blob, fds);
@@ -100,7 +107,8 @@ Status VaultClient::unlisten(std::string_view nic) { return request(VaultType::k
 Status VaultClient::close(std::string_view nic, std::uint64_t connection) {
   return request(VaultType::kClose, nic, connection);
 }
-Status VaultClient::applied(std::string_view nic, std::uint64_t sequence, std::span<const std::byte> reply, int reply_fd) {
+Status VaultClient::applied(std::string_view nic, std::uint64_t sequence, std::span<const std::byte> reply,
+                            int reply_fd) {
   return request(VaultType::kApplied, nic, 0, sequence, reply, std::span{&reply_fd, reply_fd < 0 ? 0u : 1u});
 }
 
@@ -126,7 +134,8 @@ Status VaultClient::flush() {
     if (::poll(&ready, 1, 0) != 1) break;
     std::vector<int> fds;
     for (const UniqueFd& fd : outgoing_.front().fds) fds.push_back(fd.get());
-    if (auto sent = channel_.send(outgoing_.front().bytes, fds); !sent) return within("talk to the vault", sent.error());
+    if (auto sent = channel_.send(outgoing_.front().bytes, fds); !sent)
+      return within("talk to the vault", sent.error());
     outgoing_.pop_front();
   }
   return watch();
@@ -143,7 +152,8 @@ Status VaultClient::watch() {
   return {};
 }
 
-// --- events -----------------------------------------------------------------------------------------------------------------
+// --- events
+// -----------------------------------------------------------------------------------------------------------------
 
 /// True: `message` is filled. False: nothing waiting.
 Result<bool> VaultClient::receive(VaultMessage& message) {
@@ -212,17 +222,21 @@ Status VaultClient::dispatch(VaultHandler& handler) {
 
 void VaultClient::deliver(VaultMessage message, VaultHandler& handler) {
   switch (message.type) {
-    case VaultType::kListening: return handler.on_listening(message.name);
-    case VaultType::kConnected: return handler.on_connected(message.name, message.connection);
+    case VaultType::kListening:
+      return handler.on_listening(message.name);
+    case VaultType::kConnected:
+      return handler.on_connected(message.name, message.connection);
     case VaultType::kMessage:
       return handler.on_message({std::move(message.name), message.connection, message.sequence, std::move(message.body),
                                  std::move(message.fds)});
     case VaultType::kDisconnected:
       return handler.on_disconnected(message.name, message.connection, message.sequence);
-    case VaultType::kAnnounced: return handler.on_announced();
+    case VaultType::kAnnounced:
+      return handler.on_announced();
     case VaultType::kError:
       return handler.on_error({reinterpret_cast<const char*>(message.body.data()), message.body.size()});
-    default: return;  // WELCOME, ITEM and END outside their dialogue say nothing new
+    default:
+      return;  // WELCOME, ITEM and END outside their dialogue say nothing new
   }
 }
 

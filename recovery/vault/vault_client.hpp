@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // VaultClient: tandemd's end of the channel to tandem-vault.
 //
-// Requests never block and keep their order: what the socket does not take at once is queued here (with duplicates of its
-// descriptors) and written when dispatch() runs; what was accepted is lost only with this process. Order matters: put() the new
-// device description, then applied(). Only connect() and fetch_all() wait, with a limit. One thread.
+// Requests never block and keep their order: what the socket does not take at once is queued here (with duplicates of
+// its descriptors) and written when dispatch() runs; what was accepted is lost only with this process. Order matters:
+// put() the new device description, then applied(). Only connect() and fetch_all() wait, with a limit. One thread.
 #pragma once
 
 #include <chrono>
@@ -30,8 +30,8 @@ struct RelayedMessage {
   std::vector<UniqueFd> fds;
 };
 
-/// Called from dispatch(). A handler may call the client's requests, fetch_all() included. After a restart everything that is
-/// not applied comes again, so handlers are idempotent.
+/// Called from dispatch(). A handler may call the client's requests, fetch_all() included. After a restart everything
+/// that is not applied comes again, so handlers are idempotent.
 class VaultHandler {
  public:
   virtual ~VaultHandler() = default;
@@ -57,15 +57,16 @@ class VaultClient {
  public:
   using Milliseconds = std::chrono::milliseconds;
 
-  /// Attaches to the vault at `path`. Retries until `limit` while nothing listens there yet or a dying predecessor still holds
-  /// the vault. kGone: nobody there, or refused; kUnsupported: the vault speaks another version.
+  /// Attaches to the vault at `path`. Retries until `limit` while nothing listens there yet or a dying predecessor
+  /// still holds the vault. kGone: nobody there, or refused; kUnsupported: the vault speaks another version.
   static Result<VaultClient> connect(const std::string& path, Milliseconds limit = Milliseconds{2000});
   /// The same on a connected SOCK_SEQPACKET socket, without retries.
   static Result<VaultClient> adopt(UniqueFd socket, Milliseconds limit = Milliseconds{2000});
 
   /// For an event loop: readable when dispatch() has something to do.
   [[nodiscard]] int fd() const noexcept { return epoll_.get(); }
-  /// Writes what is queued, hands what has arrived to `handler`. kGone: the vault is gone; kInvalid: it broke the protocol.
+  /// Writes what is queued, hands what has arrived to `handler`. kGone: the vault is gone; kInvalid: it broke the
+  /// protocol.
   Status dispatch(VaultHandler& handler);
   /// Requests not yet written to the socket; dispatch() until 0 before a clean exit.
   [[nodiscard]] std::size_t queued() const noexcept { return outgoing_.size(); }
@@ -79,7 +80,8 @@ class VaultClient {
   Status listen(std::string_view nic, int fd);
   Status unlisten(std::string_view nic);
   Status close(std::string_view nic, std::uint64_t connection);
-  Status applied(std::string_view nic, std::uint64_t sequence, std::span<const std::byte> reply = {}, int reply_fd = -1);
+  Status applied(std::string_view nic, std::uint64_t sequence, std::span<const std::byte> reply = {},
+                 int reply_fd = -1);
 
  private:
   struct Outgoing {

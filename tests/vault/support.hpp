@@ -129,7 +129,9 @@ class ScriptedFrontEnd {
     const timeval limit{kFailsafe.count(), 0};
     ::setsockopt(socket_.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   }
-  void send(std::span<const std::byte> bytes, const std::vector<int>& fds = {}) { write_raw(socket_.get(), bytes, fds); }
+  void send(std::span<const std::byte> bytes, const std::vector<int>& fds = {}) {
+    write_raw(socket_.get(), bytes, fds);
+  }
   /// Reads exactly `size` bytes; fewer when the other end closes first.
   Bytes read(std::size_t size) {
     Bytes bytes(size);
@@ -161,7 +163,9 @@ struct Recorder : VaultHandler {
     std::uint64_t connection, sequence;
   };
   void on_listening(const std::string& nic) override { listening.push_back(nic); }
-  void on_connected(const std::string& nic, std::uint64_t connection) override { connected.emplace_back(nic, connection); }
+  void on_connected(const std::string& nic, std::uint64_t connection) override {
+    connected.emplace_back(nic, connection);
+  }
   void on_message(RelayedMessage message) override { messages.push_back(std::move(message)); }
   void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) override {
     ends.push_back({nic, connection, sequence});

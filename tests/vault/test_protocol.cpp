@@ -15,8 +15,8 @@ namespace {
 /// A message that fulfils `rule` with its smallest contents.
 Result<Bytes> smallest(const VaultRule& rule) {
   const Bytes body(rule.type == VaultType::kMessage ? kVhostUserHeader : 0);
-  return encode_vault_message(rule.type, std::string(rule.min_name, 'n'), rule.connection ? 7 : 0, rule.sequence ? 9 : 0, body,
-                              rule.min_fds);
+  return encode_vault_message(rule.type, std::string(rule.min_name, 'n'), rule.connection ? 7 : 0,
+                              rule.sequence ? 9 : 0, body, rule.min_fds);
 }
 
 ChannelMessage as_received(const Bytes& bytes, std::size_t fds) {
@@ -75,8 +75,9 @@ TEST_CASE("a message of the other side, a wrong version and every wrong field ar
     CHECK_FALSE(refused([](VaultHeader& header, Bytes&) { header.body_size = 0xffffffffu; }));
     CHECK_FALSE(refused([](VaultHeader&, Bytes& copy) { copy.push_back(std::byte{0}); }));
     CHECK_FALSE(refused([](VaultHeader&, Bytes&) {}, 1));
-    CHECK_FALSE(refused([&](VaultHeader& header, Bytes&) { header.fd_count = static_cast<std::uint16_t>(rule.max_fds + 1); },
-                        rule.max_fds + 1 - rule.min_fds));
+    CHECK_FALSE(
+        refused([&](VaultHeader& header, Bytes&) { header.fd_count = static_cast<std::uint16_t>(rule.max_fds + 1); },
+                rule.max_fds + 1 - rule.min_fds));
   }
 }
 
