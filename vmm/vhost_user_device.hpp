@@ -129,7 +129,7 @@ class VhostUserDevice {
   /// Only what changed since the last save() or save_changed(). The device item is last: put the items in this order.
   std::vector<SavedItem> save_changed();
   /// Builds the device again. Missing vring items are vrings nobody spoke of. The generation is one higher than the
-  /// saved one: send the description to every owner, because the predecessor may not have.
+  /// saved one: save_changed(), then send the description to every owner, because the predecessor may not have.
   static Result<VhostUserDevice> restore(std::vector<RestoredItem> items);
 
  private:

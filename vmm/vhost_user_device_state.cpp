@@ -68,7 +68,7 @@ Result<T> from_bytes(const RestoredItem& item) {
 DeviceDescription VhostUserDevice::derive() {
   DeviceDescription next;
   next.device = config_.device;
-  next.features = features_;
+  next.features = features_ & ~kVhostUserFProtocolFeatures;  // that bit is the transport's, no virtio feature
   next.mtu = mtu_ != 0 ? mtu_ : config_.mtu;
   next.queue_pairs = config_.max_queue_pairs;
   for (const MemoryTable::Entry& entry : memory_.entries()) next.regions[next.region_count++] = entry.region;

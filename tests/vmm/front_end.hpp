@@ -170,11 +170,9 @@ class FrontEnd {
       script.push_back(raw(R::kGetFeatures));
       script.push_back(raw(R::kGetProtocolFeatures));
       script.push_back(u64(R::kSetProtocolFeatures, default_protocol_features()));
-      script.push_back(raw(R::kGetQueueNum));
-      if (pair == 0) {
-        script.push_back(raw(R::kGetMaxMemSlots));
-        script.push_back(raw(R::kSetOwner));
-      }
+      if (pair == 0) script.push_back(raw(R::kGetQueueNum));
+      script.push_back(raw(R::kGetMaxMemSlots));
+      if (pair == 0) script.push_back(raw(R::kSetOwner));
       script.push_back(raw(R::kGetFeatures));
       for (std::uint32_t vring = 2 * pair; vring < 2 * pair + 2; ++vring) {
         script.push_back(call(vring));
@@ -182,8 +180,7 @@ class FrontEnd {
       }
     }
     script.push_back(u64(R::kNetSetMtu, 1500, {}, true));
-    script.push_back(enable(0));
-    script.push_back(enable(1));
+    for (std::uint32_t vring = 0; vring < 2 * pairs; ++vring) script.push_back(enable(vring, vring < 2 ? 1 : 0));
     return script;
   }
 

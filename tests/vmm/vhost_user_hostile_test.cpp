@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "tests/support/skip.hpp"
 #include "tests/vmm/front_end.hpp"
 
 using namespace tandem;
@@ -135,6 +136,16 @@ TEST_CASE("memory slots") {
     accept(device, front_end.remove_region(FrontEnd::high(), {front_end.memory()}));
     CHECK(open_fds() == before - 1);  // the region's own
   }
+}
+
+TEST_CASE("a hugetlbfs file is guest memory too") {
+  FrontEnd front_end;
+  auto device = ready_device(front_end);
+  const UniqueFd file{::memfd_create("tandem-test-huge", MFD_CLOEXEC | MFD_HUGETLB)};
+  if (!file) TANDEM_SKIP("the kernel has no hugetlbfs (CONFIG_HUGETLBFS)");
+  REQUIRE(::ftruncate(file.get(), static_cast<off_t>(kSize)) == 0);  // takes no page from the pool
+  accept(device, front_end.mem_table({FrontEnd::low()}, {file.get()}));
+  CHECK(device.description().region_count == 1);
 }
 
 TEST_CASE("huge page offsets need no page alignment in the protocol") {
