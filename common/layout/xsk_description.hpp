@@ -14,8 +14,12 @@
 //    goes back on the fill ring is that frame's start.
 //  - No XDP_USE_NEED_WAKEUP: the flags word never says "no need". After publishing on TX call
 //    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends
-//    at most 32 frames, then EAGAIN; ENOBUFS and EBUSY mean "later". The fill ring needs no call in copy mode.
-//  - The socket is readable in epoll when RX is not empty.
+//    at most 32 frames, then EAGAIN: call again. EBUSY: the netdev dropped a frame (it completes all the same) or the
+//    queue is full; ENOBUFS: no memory or completion ring full; for both call again later. ENETDOWN, ENXIO: the uplink
+//    is down or gone, and the consumer will not move: stop calling until the supervisor says more. The fill ring needs
+//    no call.
+//  - The socket is readable in epoll when RX is not empty, and reports EPOLLERR (SO_ERROR is ENETDOWN) when its netdev
+//  went.
 #pragma once
 
 #include <cstddef>

@@ -4,6 +4,7 @@
 
 #include <linux/netlink.h>
 #include <linux/rtnetlink.h>
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <array>
@@ -27,6 +28,11 @@ void LinkMonitor::drain() noexcept {
   while (::recv(socket_.get(), buffer.data(), buffer.size(), MSG_DONTWAIT | MSG_TRUNC) >= 0 || errno == ENOBUFS ||
          errno == EINTR) {
   }
+}
+
+bool LinkMonitor::wait(int timeout_ms) const noexcept {
+  pollfd waiting{socket_.get(), POLLIN, 0};
+  return ::poll(&waiting, 1, timeout_ms) == 1;
 }
 
 }  // namespace tandem

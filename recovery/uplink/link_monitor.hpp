@@ -17,6 +17,8 @@ class LinkMonitor {
   /// EPOLLIN when links changed since drain().
   [[nodiscard]] int fd() const noexcept { return socket_.get(); }
   void drain() noexcept;
+  /// Sleeps until links change, at most `timeout_ms`; false if they did not.
+  [[nodiscard]] bool wait(int timeout_ms) const noexcept;
 
  private:
   explicit LinkMonitor(UniqueFd socket) : socket_(std::move(socket)) {}

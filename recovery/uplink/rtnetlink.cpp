@@ -2,8 +2,8 @@
 // libnl-route calls behind owning pointers and Results.
 #include "recovery/uplink/rtnetlink.hpp"
 
+#include <linux/if.h>
 #include <linux/rtnetlink.h>
-#include <net/if.h>
 #include <netinet/in.h>
 #include <netlink/errno.h>
 #include <netlink/netlink.h>
@@ -38,6 +38,7 @@ LinkState state_of(rtnl_link* link) {
   state.mtu = rtnl_link_get_mtu(link);
   state.rx_queues = rtnl_link_get_num_rx_queues(link);
   state.up = (rtnl_link_get_flags(link) & IFF_UP) != 0;
+  state.carrying = rtnl_link_get_operstate(link) == IF_OPER_UP;
   state.loopback = (rtnl_link_get_flags(link) & IFF_LOOPBACK) != 0;
   state.name = text_of(rtnl_link_get_name(link));
   state.kind = text_of(rtnl_link_get_type(link));
@@ -126,16 +127,21 @@ Status Rtnetlink::add_veth(const VethPlan& plan) {
 }
 
 Status Rtnetlink::change(std::uint32_t ifindex, const LinkChange& change) {
-  const LinkPointer which{rtnl_link_alloc()};
+  const std::string doing = "change netdev " + std::to_string(ifindex);
+  // The request carries all flags, so it starts from those the link has: libnl sends no mask, and the kernel would take
+  // flags that are left out as "clear", or as no change at all when none is set.
+  rtnl_link* raw = nullptr;
+  if (const int error = rtnl_link_get_kernel(socket_.get(), static_cast<int>(ifindex), nullptr, &raw); error < 0)
+    return fail_netlink(doing, error);
+  const LinkPointer now{raw};
   const LinkPointer wanted{rtnl_link_alloc()};
-  if (which == nullptr || wanted == nullptr) return fail(ErrorKind::kSystem, "change a netdev: out of memory");
-  rtnl_link_set_ifindex(which.get(), static_cast<int>(ifindex));
+  if (wanted == nullptr) return fail(ErrorKind::kSystem, doing + ": out of memory");
   if (change.up && *change.up) rtnl_link_set_flags(wanted.get(), IFF_UP);
   if (change.up && !*change.up) rtnl_link_unset_flags(wanted.get(), IFF_UP);
   if (change.master) rtnl_link_set_master(wanted.get(), static_cast<int>(*change.master));
   if (change.alias) rtnl_link_set_ifalias(wanted.get(), change.alias->c_str());
-  if (const int error = rtnl_link_change(socket_.get(), which.get(), wanted.get(), 0); error < 0)
-    return fail_netlink("change netdev " + std::to_string(ifindex), error);
+  if (const int error = rtnl_link_change(socket_.get(), now.get(), wanted.get(), 0); error < 0)
+    return fail_netlink(doing, error);
   return {};
 }
 

@@ -21,7 +21,8 @@ struct LinkState {
   std::uint32_t master = 0;  ///< ifindex of the bridge or bond it belongs to; 0: none
   std::uint32_t mtu = 0;
   std::uint32_t rx_queues = 0;
-  bool up = false;  ///< administratively
+  bool up = false;        ///< administratively
+  bool carrying = false;  ///< operationally (RFC 2863): frames pass
   bool loopback = false;
   std::string name;
   std::string kind;   ///< "bridge", "veth", ...; empty for hardware

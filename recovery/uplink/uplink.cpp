@@ -18,6 +18,7 @@ namespace tandem {
 namespace {
 
 constexpr std::uint32_t kNameAttempts = 8;
+constexpr int kCarrierTimeoutMs = 2000;
 constexpr std::uint32_t kMaxQueues = 64;  // entries of the XSKMAP
 /// Transmit offloads of the bridge port leave work to a receiver that would not do it. All of them are of this prefix;
 /// the names that are not offloads (tx-lockless) cannot be changed anyway.
@@ -94,10 +95,29 @@ Status Uplink::open_bridge() {
   if (step) step = add_veth();
   if (step) step = prepare_veth_ends();
   if (step) step = open_queues(false);
-  // Up only now: the first frame that arrives finds its socket.
-  if (step) step = rtnetlink_.change(ours_.ifindex, {true, {}, {}});
-  if (step) step = rtnetlink_.change(port_.ifindex, {true, above_.ifindex, {}});
+  // Only now: the first frame that arrives finds its socket.
+  if (step) step = connect_port();
   return step;
+}
+
+/// A bridge enables a port at once only if the port carries when it is added, and the carrier of a veth comes from a
+/// kernel work item some time after both ends are up. Waiting for it first means that frames pass when this returns
+/// (spanning tree apart).
+Status Uplink::connect_port() {
+  for (const LinkState* end : {&ours_, &port_})
+    if (auto up = rtnetlink_.change(end->ifindex, {true, {}, {}}); !up) return up;
+  for (bool carrying = false; !carrying;) {
+    monitor_.drain();
+    const auto port = rtnetlink_.find(port_.ifindex);
+    if (!port) return tl::make_unexpected(port.error());
+    if (!*port) return fail(ErrorKind::kGone, "netdev " + port_.name + " was removed while it was being set up");
+    carrying = (*port)->carrying;
+    if (!carrying && !monitor_.wait(kCarrierTimeoutMs)) {
+      notes_.push_back(port_.name + " has no carrier yet: the first frames may be lost");
+      break;
+    }
+  }
+  return rtnetlink_.change(port_.ifindex, {{}, above_.ifindex, {}});
 }
 
 Status Uplink::add_veth() {

@@ -14,6 +14,9 @@
 namespace tandem {
 namespace {
 
+constexpr int kBindAttempts = 200;
+constexpr unsigned kBindRetryMicroseconds = 5000;
+
 std::string name_of(const XskDescription& description) {
   return "AF_XDP socket of queue " + std::to_string(description.queue) + ", netdev " +
          std::to_string(description.ifindex);
@@ -140,10 +143,18 @@ Status XskQueue::bind(bool zero_copy) {
   // Without XDP_USE_NEED_WAKEUP the flags words stay 0, and a consumer that knows only the rings needs no more rules
   // than those in xsk_description.hpp. No mode flag means: zero-copy if the driver can, else copy.
   address.sxdp_flags = zero_copy ? std::uint16_t{0} : std::uint16_t{XDP_COPY};
-  if (::bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
-    return fail_errno("bind it", errno == EBUSY    ? "another program has an AF_XDP socket on this queue: stop it"
-                                 : errno == EINVAL ? "the netdev has fewer queues than the device has queue pairs"
-                                                   : "");
+  // The kernel frees the queue of a closed socket from a work item (xp_release_deferred, net/xdp/xsk_buff_pool.c), and
+  // tells nobody when: a netdev that was an uplink a moment ago answers EBUSY for some milliseconds.
+  int error = 0;
+  for (int attempt = 0; attempt < kBindAttempts; ++attempt) {
+    error = ::bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 ? 0 : errno;
+    if (error != EBUSY) break;
+    ::usleep(kBindRetryMicroseconds);
+  }
+  const char* remedy = error == EBUSY    ? "another program has an AF_XDP socket on this queue: stop it"
+                       : error == EINVAL ? "the netdev has fewer queues than the device has queue pairs"
+                                         : "";
+  if (error != 0) return fail_errno("bind it", remedy, error);
   xdp_options options{};
   socklen_t size = sizeof options;
   if (::getsockopt(socket_.get(), SOL_XDP, XDP_OPTIONS, &options, &size) == 0 &&

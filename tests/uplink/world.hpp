@@ -47,6 +47,8 @@ inline void make_bridge(const std::string& mtu = "1500") {
   REQUIRE(run("ip link set host0p master br0 up"));
   REQUIRE(run("ip link set br0 up"));
   REQUIRE(run("ip link set host0 up"));
+  // Carriers come from a kernel work item; until then the port drops.
+  REQUIRE(wait_until([] { return run("bridge link show dev host0p | grep -q 'state forwarding'"); }));
 }
 
 inline UplinkConfig bridge_config(std::uint32_t queue_pairs = 1) {
