@@ -51,12 +51,14 @@ def lock():
     return file
 
 
-def clean_up(journal):
+def clean_up(journal, passed):
     # A second Ctrl-C must not leave half of it behind.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     for complaint in journal.undo_all():
         say(complaint)
+    if passed:
+        journal.remove_files()
 
 
 def set_up(args, journal):
@@ -65,7 +67,7 @@ def set_up(args, journal):
     host.start_libvirt(journal)
     host.make_network(journal)
     if tandem:
-        host.make_user(journal)
+        host.make_users(journal)
         host.mount_bpffs(journal)
         tandem.start(journal)
         host.install_hook(journal, os.path.join(ROOT, "config/libvirt/qemu.d/tandem"), tandem.command)
@@ -140,16 +142,17 @@ def interrupted(number, _frame):
 
 def main(words):
     args = parse_arguments(words)
-    journal = None
+    journal, passed = None, False
     try:
         host.check_host()
-        held = lock()
+        _held = lock()  # until this function's end
         journal = host.Journal()
         if journal.entries:
-            say("cleaning up after an earlier demo")
+            say("ending what an earlier demo left")
             for complaint in journal.undo_all():
                 say(complaint)
         if args.stop:
+            journal.remove_files()
             return 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupted)
@@ -158,8 +161,8 @@ def main(words):
         if args.keep:
             explain_keep(args)
             journal = None
-        held.close()
-        return 0 if summary["verdict"] == "pass" else 1
+        passed = summary["verdict"] == "pass"
+        return 0 if passed else 1
     except host.DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         show_logs()
@@ -168,7 +171,7 @@ def main(words):
         return 2
     finally:
         if journal:
-            clean_up(journal)
+            clean_up(journal, passed)
 
 
 def show_logs():

@@ -19,7 +19,7 @@ STATE = os.path.join(FILES, "state.json")
 NAME = "tandem-demo"  # of bridge, namespace and domain
 OUTSIDE_PORT = "tandem-demo-o"  # host's end of the namespace's cable
 OUTSIDE_ADDRESS, GUEST_ADDRESS = "10.98.76.1", "10.98.76.2"
-USER = "tandem"
+USER, VAULT_USER = "tandem", "tandem-vault"  # of backends, of the vault
 
 
 class DemoError(Exception):
@@ -53,6 +53,22 @@ def start_time(pid):
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def session_members(leader):
+    """Processes of the session that process `leader` began, which may be gone itself."""
+    members = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or start_time(name) is None:
+            continue
+        try:
+            with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
+                session = int(file.read().rpartition(")")[2].split()[3])
+        except OSError:
+            continue
+        if session == leader:
+            members.append(int(name))
+    return members
 
 
 def end_process(pid, started, patience=10):
@@ -103,6 +119,15 @@ class Journal:
             os.unlink(STATE)
         return complaints
 
+    @staticmethod
+    def remove_files():
+        """Guest, logs and measurements; kept after a failure, for whoever looks for its reason."""
+        shutil.rmtree(FILES, ignore_errors=True)
+        try:
+            os.rmdir(os.path.dirname(FILES))  # only if nothing else is there
+        except OSError:
+            pass
+
     def _save(self):
         os.makedirs(FILES, exist_ok=True)
         beside = STATE + ".new"
@@ -112,7 +137,11 @@ class Journal:
 
 
 def _undo_process(entry):
-    end_process(entry["pid"], entry["started"])
+    end_process(entry["pid"], entry["started"], entry.get("patience", 10))
+    if entry.get("session"):
+        # What it started and could not end any more.
+        for pid in session_members(entry["pid"]):
+            end_process(pid, start_time(pid), patience=2)
 
 
 def _undo_file(entry):
@@ -149,8 +178,8 @@ def _undo_service(entry):
     run("systemctl", "stop", *entry["units"], check=False)
 
 
-def _undo_user(_entry):
-    run("userdel", USER, check=False)
+def _undo_user(entry):
+    run("userdel", entry["name"], check=False)
 
 
 UNDO = {
@@ -338,13 +367,14 @@ def install_hook(journal, template, virt_tandem):
     reload_libvirtd()
 
 
-def make_user(journal):
-    try:
-        pwd.getpwnam(USER)
-    except KeyError:
-        journal.note("user")
-        run("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin",
-            USER)
+def make_users(journal):
+    for name in (USER, VAULT_USER):
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            journal.note("user", name=name)
+            run("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent", "--shell",
+                "/usr/sbin/nologin", name)
 
 
 def mount_bpffs(journal):

@@ -127,7 +127,7 @@ def describe_kill(cause, incident, problem, arrivals):
     return {
         "cause": cause,
         # A sleeping owner has no heartbeat: how long ago the last one was says nothing about the fence.
-        "fenced_us": 0 if asleep else round(-timeline.get("last_heartbeat", 0) / 1000, 1),
+        "fenced_us": 0 if asleep else round(-(timeline.get("last_heartbeat") or 0) / 1000, 1),
         "takeover_us": None if first is None else round(first / 1000, 1),
         "gap_us": None if found is None else round(found / 1000, 1),
         "owner_asleep": asleep,

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 
-from host import FILES, DemoError, run, start_time, wait_for
+from host import FILES, VAULT_USER, DemoError, run, start_time, wait_for
 
 PAIR = "default"
 RUN_DIR = "/run/tandem"
@@ -15,14 +15,20 @@ LOG = os.path.join(FILES, "tandemd.log")
 FAULTS = {"SIGSEGV": "segv", "SIGKILL": None, "SIGABRT": "abort", "SIGBUS": "bus"}
 
 CONFIG = """\
+instance = "demo"
 run_dir = "{run_dir}"
-incidents_dir = "{incidents}"
+incident_dir = "{incidents}"
 log_level = "info"
-backend_user = "tandem"
+
+[backend]
+path = "{backend}"
+user = "tandem"
+
+[qemu]
 socket_user = "libvirt-qemu"
 socket_group = "libvirt-qemu"
 
-[pair.{pair}]
+[pair]
 shards = 1
 polling = "adaptive"
 hugepages = "auto"
@@ -73,16 +79,21 @@ class Tandem:
         incidents = os.path.join(FILES, "incidents")
         os.makedirs(incidents, exist_ok=True)
         with open(config, "w", encoding="utf-8") as file:
-            file.write(CONFIG.format(run_dir=RUN_DIR, incidents=incidents, pair=PAIR))
-        self._launch(journal, (find_program(self.build, "tandem-vault"), "--supervise",
-                               find_program(self.build, "tandemd"), "--config", config))
+            file.write(CONFIG.format(run_dir=RUN_DIR, incidents=incidents, backend=find_program(self.build, "tandem-backend")))
+        if not os.path.isdir(RUN_DIR):
+            journal.note("directory", path=RUN_DIR)
+            os.mkdir(RUN_DIR)
+        # The vault has a user of its own: whoever runs as that user may attach to it, and backends must not.
+        self._launch(journal, (find_program(self.build, "tandem-vault"), "--socket", f"{RUN_DIR}/vault.sock", "--user",
+                               VAULT_USER, "--supervise", find_program(self.build, "tandemd"), "--config", config))
         wait_for(self.answers, 20, f"tandemd was started; waiting for it to answer 'virt-tandem status' (its log: {LOG})", 0.1)
 
     @staticmethod
     def _launch(journal, words):
         with open(LOG, "wb") as log:
             child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        journal.note("process", pid=child.pid, started=start_time(child.pid))
+        # The vault gives tandemd 30 s to end in order.
+        journal.note("process", pid=child.pid, started=start_time(child.pid), patience=35, session=True)
 
     def pair(self):
         """The demo's pair from status; empty when there is none."""
@@ -94,7 +105,7 @@ class Tandem:
         def whole():
             pair = self.pair()
             active, standby = pair.get("active") or {}, pair.get("standby") or {}
-            good = active.get("pid", 0) > 0 and active["pid"] != not_pid and standby.get("state") == "ready"
+            good = (active.get("pid") or 0) > 0 and active["pid"] != not_pid and standby.get("state") == "ready"
             return pair if good else None
 
         return wait_for(whole, 30, f"waiting for pair {PAIR} to have an owner and a standby that is ready", 0.05)
@@ -111,8 +122,13 @@ class Tandem:
             self.ask("drill", "--pair", PAIR, "--fault", FAULTS[cause])
         else:
             os.kill(victim, signal.SIGKILL)
-        incident = wait_for(lambda: next((i for i in self.incidents() if i["id"] not in before), None), 15,
-                            f"waiting for the incident after {cause} of process {victim}", 0.02)
+
+        def complete():
+            """The new incident, once traffic has gone on."""
+            new = next((incident for incident in self.incidents() if incident["id"] not in before), None)
+            return new if new and new["timeline_ns"].get("first_transaction") is not None else None
+
+        incident = wait_for(complete, 15, f"waiting for the incident after {cause} of process {victim}", 0.02)
         owner = self.wait_whole(not_pid=victim)["active"]["pid"]
         if incident["cause"] != cause:
             return incident, f"the incident names {incident['cause']}, the demo caused {cause}"

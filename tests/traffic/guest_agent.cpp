@@ -53,6 +53,15 @@ Json per_flow(const std::vector<Ledger>& ledgers, std::uint64_t (Ledger::*what)(
   return numbers;
 }
 
+/// Waits until the peer has read the answer and left, for two seconds at most: a guest that is gone repeats nothing.
+void restart_machine(ControlConnection& control, int how) {
+  ::shutdown(control.fd(), SHUT_WR);
+  set_timeouts(control.fd(), std::chrono::seconds{2});
+  for (char ignored = 0; receive_all(control.fd(), &ignored, 1);) {
+  }
+  ::reboot(how);
+}
+
 class Agent {
  public:
   Agent(std::string interface, const EchoServer& echo) : interface_(std::move(interface)), echo_(echo) {}
@@ -104,8 +113,8 @@ void Agent::serve(ControlConnection& control, const sockaddr_in& peer, int liste
     (*answer).emplace("ok", true);
     if (!control.send(*answer)) break;
     if (what == "arrivals" && flows_ && !control.send_raw(std::as_bytes(std::span{flows_->arrivals()}))) break;
-    if (what == "reboot") ::reboot(RB_AUTOBOOT);
-    if (what == "poweroff") ::reboot(RB_POWER_OFF);
+    if (what == "reboot") restart_machine(control, RB_AUTOBOOT);
+    if (what == "poweroff") restart_machine(control, RB_POWER_OFF);
   }
   flows_.reset();
 }
