@@ -28,12 +28,18 @@ struct ExitStatus {
 };
 
 class Member {
+  // First, so that they close last: the vault holds the same open files, and an event source whose descriptor is closed but whose
+  // file is not would go on to fire.
+  pid_t pid_ = -1;
+  UniqueFd pidfd_;
+  FdChannel channel_;
+
  public:
   /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the channel.
   static Result<Member> spawn(const Config& config, const std::string& backend_path, bool hugepages);
 
   Member(Member&&) = default;
-  Member& operator=(Member&&) = default;
+  Member& operator=(Member&&) = delete;
 
   [[nodiscard]] pid_t pid() const { return pid_; }
   [[nodiscard]] int pidfd() const { return pidfd_.get(); }
@@ -55,17 +61,13 @@ class Member {
   std::uint32_t shards_owned = 0;
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
-  EventLoop::Source on_message, on_exit;  ///< declared after the descriptors they watch are opened, dropped with the member
+  EventLoop::Source on_message, on_exit;
   EventLoop::Timer start_limit;           ///< a member that does not become ready is ended
 
  private:
   Member() = default;
   Status send_bytes(ControlType type, std::span<const std::byte> body, std::span<const std::byte> more,
                     std::span<const int> fds);
-
-  pid_t pid_ = -1;
-  UniqueFd pidfd_;
-  FdChannel channel_;
 };
 
 }  // namespace tandem

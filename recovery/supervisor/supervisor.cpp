@@ -279,6 +279,9 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
     return within(doing, std::move(listening.error()));
   Nic& stored = nics_.emplace(option.mac, std::move(nic)).first->second;
   watch_uplink(stored);
+  // The empty description: a generation is in force from the beginning, so every later wait has something to wait for.
+  save(stored);
+  describe(stored);
   (*pair)->start();
   spdlog::info("NIC {} of domain {}: uplink {} ({}), {} queue pairs, pair {}", option.mac, domain.name,
                option.uplink.name, stored.uplink->netdev(), option.queues, option.pair);
