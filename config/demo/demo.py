@@ -163,6 +163,9 @@ def main(words):
             journal = None
         passed = summary["verdict"] == "pass"
         return 0 if passed else 1
+    except host.UnfitHost as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 77
     except host.DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         show_logs()

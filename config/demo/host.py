@@ -26,6 +26,10 @@ class DemoError(Exception):
     """A sentence for the operator: what was being done, why it failed, what to do."""
 
 
+class UnfitHost(DemoError):
+    """This host cannot run the demo, whatever the demo does."""
+
+
 def run(*words, check=True, **options):
     done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     if check and done.returncode != 0:
@@ -217,20 +221,20 @@ def _bpf_works():
 
 def check_host():
     if os.geteuid() != 0:
-        raise DemoError("The demo makes bridges, namespaces and a guest: run it as root (sudo ./demo).")
+        raise UnfitHost("The demo makes bridges, namespaces and a guest: run it as root (sudo ./demo).")
     release = os.uname().release
     version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release.split(".")[:2])
     if version < (6, 4):
-        raise DemoError(f"This kernel is {release}; Tandem needs 6.4 or newer, because older kernels cannot map AF_XDP's fill "
+        raise UnfitHost(f"This kernel is {release}; Tandem needs 6.4 or newer, because older kernels cannot map AF_XDP's fill "
                         "and completion rings in a second process. Use Debian 13, or Debian 12 with the backports kernel.")
     if not _bpf_works():
-        raise DemoError("This kernel or container refuses BPF, which the fence is made of. Run the demo on the host itself, "
+        raise UnfitHost("This kernel or container refuses BPF, which the fence is made of. Run the demo on the host itself, "
                         "with a kernel that has CONFIG_BPF_SYSCALL.")
     for program, package in (("qemu-system-x86_64", "qemu-system-x86"), ("virsh", "libvirt-clients"),
                              ("libvirtd", "libvirt-daemon-system"), ("ip", "iproute2"), ("ethtool", "ethtool"),
                              ("busybox", "busybox-static"), ("cpio", "cpio")):
         if not shutil.which(program):
-            raise DemoError(f"{program} is not installed. Leave out --no-install, or: apt-get install {package}")
+            raise UnfitHost(f"{program} is not installed. Leave out --no-install, or: apt-get install {package}")
 
 
 def has_virtualization():
