@@ -168,7 +168,8 @@ def main(words):
         return 77
     except host.DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
-        show_logs()
+        if journal:
+            show_logs()
         write_json(args.json, {"kills": [], "lost": None, "duplicated": None, "reordered": None, "tcp_ok": False,
                                "guest_link_changes": None, "verdict": "fail", "problems": [str(error)]})
         return 2
