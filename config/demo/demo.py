@@ -163,9 +163,13 @@ def main(words):
             journal = None
         passed = summary["verdict"] == "pass"
         return 0 if passed else 1
+    except host.UnfitHost as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 77
     except host.DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
-        show_logs()
+        if journal:
+            show_logs()
         write_json(args.json, {"kills": [], "lost": None, "duplicated": None, "reordered": None, "tcp_ok": False,
                                "guest_link_changes": None, "verdict": "fail", "problems": [str(error)]})
         return 2
