@@ -272,17 +272,14 @@ def make_network(journal):
 
 
 def keep_order_in_host_queues():
-    """Gives every port of the demo's bridge, and the outside's card, one processor for received frames.
+    """Gives both ends of the outside's cable one processor for received frames.
 
-    The host queues received frames per processor. When a sender continues on another processor (as the heir of a dead backend
-    does), its first frames can overtake the last ones of before, on the bridge, where no NIC can prevent it. One queue keeps
-    them in line, as one real cable would.
+    The host queues received frames per processor: when the sending program moves to another processor, its first frames there can
+    overtake the last ones of before. One queue keeps them in line, as one real cable would. Tandem does this for its own ports.
     """
-    ports = [f"/sys/class/net/{port}" for port in os.listdir(f"/sys/class/net/{NAME}/brif")]
-    for port in ports:
-        for queue in os.listdir(f"{port}/queues"):
-            if queue.startswith("rx-"):
-                _write(f"{port}/queues/{queue}/rps_cpus", "1")
+    for queue in os.listdir(f"/sys/class/net/{OUTSIDE_PORT}/queues"):
+        if queue.startswith("rx-"):
+            _write(f"/sys/class/net/{OUTSIDE_PORT}/queues/{queue}/rps_cpus", "1")
     in_namespace("sh", "-c", "for f in /sys/class/net/eth0/queues/rx-*/rps_cpus; do echo 1 >$f; done")
 
 

@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <fstream>
 #include <filesystem>
 
 #include "recovery/fence/kernel_version.hpp"
@@ -164,7 +166,30 @@ Status Uplink::prepare_veth_ends() {
     if (feature.active && feature.changeable && feature.name.starts_with(kPortFeaturesOff.front()))
       return fail(ErrorKind::kUnsupported, "switch " + feature.name + " of " + port_.name +
                                                " off: the kernel keeps it on, frames would reach the guest unfinished");
+  keep_order();
   return {};
+}
+
+// The host queues the frames that a veth receives per CPU of the sender (net/core/dev.c, netif_rx). An heir mostly runs on another
+// CPU than the dead owner did, and its first frames could overtake the owner's last ones. Receive packet steering to one CPU per
+// queue keeps each queue in one line.
+void Uplink::keep_order() {
+  const long cpus = std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN));
+  for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {
+    const std::string path = "/sys/class/net/" + port_.name + "/queues/rx-" + std::to_string(queue) + "/rps_cpus";
+    const auto cpu = static_cast<unsigned>(queue % cpus);
+    char mask[16];
+    std::snprintf(mask, sizeof mask, "%x", 1u << (cpu % 32));
+    std::string words = mask;
+    for (unsigned word = 0; word < cpu / 32; ++word) words += ",00000000";
+    std::ofstream file(path);
+    file << words << std::flush;
+    if (file) continue;
+    notes_.push_back("steer frames of " + port_.name + " to one CPU per queue (" + path +
+                     "): not possible here; after a failover the bridge may see frames out of order. The kernel needs "
+                     "CONFIG_RPS, and /sys must show the network namespace that tandemd runs in");
+    return;
+  }
 }
 
 Status Uplink::open_dev() {

@@ -105,6 +105,7 @@ class Uplink {
   Status open_bridge();
   Status add_veth();
   Status prepare_veth_ends();
+  void keep_order();
   Status connect_port();
   Status open_dev();
   Status match_channels();

@@ -113,7 +113,7 @@ def leftovers(build):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--build", required=True)
+    parser.add_argument("--build", type=os.path.abspath, required=True)
     args = parser.parse_args()
     try:
         host.check_host()
