@@ -13,6 +13,22 @@ namespace {
 
 constexpr std::size_t kKept = 1000;
 
+nlohmann::json hang_name(HangVerdict verdict) {
+  switch (verdict) {
+    case HangVerdict::kNone:
+      return nullptr;
+    case HangVerdict::kSpinning:
+      return "spinning";
+    case HangVerdict::kBlocked:
+      return "blocked";
+    case HangVerdict::kAsleepWithWork:
+      return "asleep with work pending";
+    case HangVerdict::kStarved:
+      return "starved";
+  }
+  return "unknown";
+}
+
 nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   if (time == 0 || zero == 0) return nullptr;
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
@@ -51,11 +67,13 @@ nlohmann::json Incident::to_json() const {
           {"victim_pid", victim_pid},
           {"heir_pid", heir_pid},
           {"epoch", timeline.epoch},
-          {"detected_by", "fence"},
+          {"detected_by", timeline.verdict == HangVerdict::kNone ? "fence" : "watchdog"},
+          {"hang", hang_name(timeline.verdict)},
           {"fence_time_ns", zero},
           {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
           {"timeline_ns",
            {{"last_heartbeat", relative(timeline.last_heartbeat_ns, zero)},
+            {"hang_verdict", relative(timeline.verdict_ns, zero)},
             {"fenced", 0},
             {"heir_awake", relative(timeline.awake_ns, zero)},
             {"epoch_taken", relative(timeline.epoch_ns, zero)},

@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -103,7 +104,7 @@ Result<std::unique_ptr<Pair>> Pair::make(std::string name, const Config& config,
   std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
   if (auto made = pair->make_segment(); !made) return within("make pair " + pair->name_, std::move(made.error()));
   // Three members exist at once around a failover; each takes a handful of 2 MiB pages.
-  constexpr std::uint64_t kWantedPages = 48;
+  constexpr std::uint64_t kWantedPages = 8;
   pair->hugepages_ = config.hugepages == Hugepages::kAlways ||
                      (config.hugepages == Hugepages::kAuto && free_huge_pages() >= kWantedPages);
   return pair;
@@ -126,6 +127,10 @@ Status Pair::make_segment() {
   segment_->version = kSegmentVersion;
   segment_->shard_count = config_.shards;
   segment_->size = sizeof(Segment);
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    timers_.emplace_back(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+    if (!timers_.back()) return fail_errno("make the watchdog's timer");
+  }
   return {};
 }
 
@@ -235,6 +240,7 @@ Status Pair::welcome(Member& member) {
     rings.push_back(std::move(*fd));
     fds.push_back(rings.back().get());
   }
+  for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
   return member.send(ControlType::kWelcome, WelcomeBody{config_.shards, config_.polling}, fds);
 }
 
@@ -326,7 +332,14 @@ void Pair::arm(Member& member) {
       // kGone: the owner is dead; the member will see its slot before it first sleeps.
       if (!set && set.error().kind != ErrorKind::kGone) return end(member, set.error().text);
     }
-    if (auto sent = member.send(ControlType::kArm, ArmBody{i, tag}); !sent) return end(member, sent.error().text);
+    ArmBody body{i, tag, 0, 0};
+    std::vector<int> fds;
+    if (owner != nullptr) {
+      body.owner_pid = static_cast<std::uint32_t>(owner->pid());
+      body.owner_tid = static_cast<std::uint32_t>(owner->threads[i]);
+      fds.push_back(owner->pidfd());
+    }
+    if (auto sent = member.send(ControlType::kArm, body, fds); !sent) return end(member, sent.error().text);
   }
   member.stage = Member::Stage::kArmed;
 }
@@ -528,6 +541,13 @@ bool Pair::kill_if_hung(const std::string& why) {
   spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, owner->pid(), why);
   owner->kill();
   return true;
+}
+
+void Pair::set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked) {
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    segment_->shards[i].spin_limit_ns.store(static_cast<std::uint64_t>(spin.count()), std::memory_order_relaxed);
+    segment_->shards[i].blocked_limit_ns.store(static_cast<std::uint64_t>(blocked.count()), std::memory_order_relaxed);
+  }
 }
 
 Status Pair::drill(DrillFault fault) {

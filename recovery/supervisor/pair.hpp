@@ -93,6 +93,8 @@ class Pair {
   /// Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
   Status drill(DrillFault fault);
+  /// How long an owner may stand still before its heir ends it; 0: not watched.
+  void set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked);
 
  private:
   struct Attached {
@@ -138,6 +140,7 @@ class Pair {
   PairState state_ = PairState::kStopped;
   UniqueFd segment_fd_;
   Mapping segment_mapping_;
+  std::vector<UniqueFd> timers_;  // the shards' dead man's switches (vhost-net-backend/watchdog.hpp)
   Segment* segment_ = nullptr;
   bool hugepages_ = false;
   std::list<Member> members_;

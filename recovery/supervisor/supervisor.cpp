@@ -282,10 +282,24 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   // The empty description: a generation is in force from the beginning, so every later wait has something to wait for.
   save(stored);
   describe(stored);
+  set_hang_limits(**pair);
   (*pair)->start();
   spdlog::info("NIC {} of domain {}: uplink {} ({}), {} queue pairs, pair {}", option.mac, domain.name,
                option.uplink.name, stored.uplink->netdev(), option.queues, option.pair);
   return {};
+}
+
+// The strictest limits of the NICs that a pair serves.
+void Supervisor::set_hang_limits(Pair& pair) {
+  WatchdogOption limits{std::chrono::nanoseconds::max(), std::chrono::nanoseconds::max()};
+  bool any = false;
+  for (const auto& [mac, nic] : nics_) {
+    if (nic.pair != &pair) continue;
+    any = true;
+    limits.spin = std::min(limits.spin, nic.option.watchdog.spin);
+    limits.blocked = std::min(limits.blocked, nic.option.watchdog.blocked);
+  }
+  if (any) pair.set_hang_limits(limits.spin, limits.blocked);
 }
 
 void Supervisor::watch_uplink(Nic& nic) {
@@ -330,6 +344,7 @@ void Supervisor::finish_release(const std::string& mac) {
   nics_.erase(found);
   nic.uplink_watch.reset();
   nic.pair->release(nic.device_index);
+  set_hang_limits(*nic.pair);
   static_cast<void>(vault_->del(nic_key(mac)));
   static_cast<void>(vault_->del_prefix("device/" + mac + "/"));
   if (auto closed = nic.uplink->close(); !closed) spdlog::warn("NIC {}: {}", mac, closed.error().text);

@@ -88,6 +88,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
   void watch_uplink(Nic& nic);
+  void set_hang_limits(Pair& pair);
   void release(const std::string& mac, std::function<void()> done);
   void finish_release(const std::string& mac);
   void stop_pair_if_unused(const std::string& name);
