@@ -82,6 +82,14 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
   return member;
 }
 
+Member Member::adopt(pid_t pid, UniqueFd pidfd, UniqueFd channel) {
+  Member member;
+  member.pid_ = pid;
+  member.pidfd_ = std::move(pidfd);
+  member.channel_ = FdChannel{std::move(channel)};
+  return member;
+}
+
 void Member::kill() const {
   if (pidfd_) ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0);
 }
@@ -89,9 +97,9 @@ void Member::kill() const {
 ExitStatus Member::reap() {
   siginfo_t info{};
   stage = Stage::kDead;
-  if (::waitid(P_PIDFD, static_cast<id_t>(pidfd_.get()), &info, WEXITED) != 0) return {};
-  if (info.si_code == CLD_EXITED) return {0, info.si_status};
-  return {info.si_status, 0};
+  if (::waitid(P_PIDFD, static_cast<id_t>(pidfd_.get()), &info, WEXITED) != 0) return {0, 0, false};
+  if (info.si_code == CLD_EXITED) return {0, info.si_status, true};
+  return {info.si_status, 0, true};
 }
 
 Status Member::send_bytes(ControlType type, std::span<const std::byte> body, std::span<const std::byte> more,

@@ -84,6 +84,12 @@ std::uint32_t TagSource::next() {
   return last_;
 }
 
+void TagSource::adopt(std::uint32_t tag) {
+  if (tag == 0) return;
+  living_[tag % TANDEM_FENCE_SLOTS] = tag;
+  last_ = std::max(last_, tag);
+}
+
 void TagSource::retire(std::uint32_t tag) {
   const auto found = living_.find(tag % TANDEM_FENCE_SLOTS);
   if (found != living_.end() && found->second == tag) living_.erase(found);
@@ -108,6 +114,83 @@ Result<std::unique_ptr<Pair>> Pair::make(std::string name, const Config& config,
   pair->hugepages_ = config.hugepages == Hugepages::kAlways ||
                      (config.hugepages == Hugepages::kAuto && free_huge_pages() >= kWantedPages);
   return pair;
+}
+
+Result<std::unique_ptr<Pair>> Pair::adopt(std::string name, std::vector<UniqueFd> fds, const Config& config,
+                                          std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
+                                          Listener& listener) {
+  const std::string doing = "adopt pair " + name;
+  std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
+  if (fds.size() != 1 + config.shards)
+    return fail(ErrorKind::kInvalid, doing + ": it has another number of shards than the configuration says");
+  auto mapping = Mapping::map(fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment");
+  if (!mapping) return within(doing, std::move(mapping.error()));
+  pair->segment_mapping_ = std::move(*mapping);
+  pair->segment_ = reinterpret_cast<Segment*>(pair->segment_mapping_.data());
+  if (pair->segment_->magic != kSegmentMagic || pair->segment_->version != kSegmentVersion ||
+      pair->segment_->shard_count != config.shards)
+    return fail(ErrorKind::kUnsupported, doing + ": its segment is of another version or damaged");
+  pair->segment_fd_ = std::move(fds[0]);
+  for (std::uint32_t i = 0; i < config.shards; ++i) {
+    pair->timers_.push_back(std::move(fds[1 + i]));
+    // The owner's tag stays named until an heir takes over, even if the owner is gone.
+    tags.adopt(owner_tag(pair->segment_->shards[i].owner.load(std::memory_order_acquire)));
+  }
+  return pair;
+}
+
+std::vector<int> Pair::keep_fds() const {
+  std::vector<int> fds{segment_fd_.get()};
+  for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
+  return fds;
+}
+
+void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector<pid_t> threads,
+                        std::vector<std::uint32_t> tags, std::vector<std::uint32_t> rings) {
+  Member& member = members_.emplace_back(Member::adopt(pid, std::move(pidfd), std::move(channel)));
+  member.threads = std::move(threads);
+  member.tags = std::move(tags);
+  member.rings = std::move(rings);
+  for (const std::uint32_t tag : member.tags) {
+    tags_.adopt(tag);
+    tag_pids_[tag] = pid;
+  }
+  if (!watch(member)) return end(member, "cannot watch it");
+  if (member.tags.size() != config_.shards || member.threads.size() != config_.shards)
+    return end(member, "it was still starting when its supervisor died");
+  for (std::uint32_t i = 0; i < config_.shards; ++i)
+    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) ++member.shards_owned;
+  const bool owns = member.shards_owned == config_.shards && !fence_.dead(member.tags[0]);
+  member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
+  if (fence_.dead(member.tags[0])) member.stage = Member::Stage::kDead;
+  if (owns) owner_pid_ = pid;
+}
+
+void Pair::adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
+                        std::vector<UniqueFd> fds) {
+  const auto begin = queue_pair_used_.begin() + first_queue_pair;
+  std::fill(begin, begin + static_cast<std::ptrdiff_t>(ports.size()), true);
+  Attached& attached = devices_[device];
+  attached.first_queue_pair = first_queue_pair;
+  attached.ports = std::move(ports);
+  attached.fds = std::move(fds);
+}
+
+void Pair::resume() {
+  const bool armed = std::any_of(members_.begin(), members_.end(),
+                                 [](const Member& member) { return member.stage == Member::Stage::kArmed; });
+  if (owner() != nullptr)
+    state_ = armed ? PairState::kPaired : PairState::kSolo;
+  else
+    state_ = armed ? PairState::kTakingOver : PairState::kStarting;
+  spdlog::info("pair {}: adopted, {}", name_, pair_state_name(state_));
+  // Our predecessor may have died before it armed them.
+  for (Member& member : members_) {
+    for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
+      if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
+  }
+  if (!armed) spawn_soon();
+  listener_.on_state(*this);
 }
 
 Pair::~Pair() {
@@ -204,21 +287,24 @@ void Pair::spawn() {
   Member& member = members_.back();
   member.spawned_ns = now_ns();
   const pid_t pid = member.pid();
-  auto on_message = loop_.watch(member.channel().fd(), [this, pid] { on_channel(pid); });
-  auto on_exit_source = loop_.watch(member.pidfd(), [this, pid] { on_exit(pid); });
-  if (!on_message || !on_exit_source) {
-    end(member, "cannot watch it");
-    return;
-  }
-  member.on_message = std::move(*on_message);
-  member.on_exit = std::move(*on_exit_source);
+  if (!watch(member)) return end(member, "cannot watch it");
   member.start_limit = loop_.after(kStartLimit, [this, pid] {
     if (Member* late = find(pid); late != nullptr && late->stage == Member::Stage::kStarting)
       end(*late, "it did not become ready within 30 s");
   });
   spdlog::info("pair {}: started backend {}", name_, pid);
-  listener_.on_member_start(*this, member);
-  if (auto welcomed = welcome(member); !welcomed) end(member, welcomed.error().text);
+  if (auto welcomed = welcome(member); !welcomed) return end(member, welcomed.error().text);
+  listener_.on_member_change(*this, member);
+}
+
+bool Pair::watch(Member& member) {
+  const pid_t pid = member.pid();
+  auto on_message = loop_.watch(member.channel().fd(), [this, pid] { on_channel(pid); });
+  auto on_exit_source = loop_.watch(member.pidfd(), [this, pid] { on_exit(pid); });
+  if (!on_message || !on_exit_source) return false;
+  member.on_message = std::move(*on_message);
+  member.on_exit = std::move(*on_exit_source);
+  return true;
 }
 
 void Pair::end(Member& member, const std::string& why) {
@@ -319,33 +405,43 @@ Status Pair::introduce(Member& member) {
 }
 
 void Pair::arm(Member& member) {
-  Member* owner = owner_member();
   for (std::uint32_t i = 0; i < config_.shards; ++i) {
     const std::uint32_t tag = tags_.next();
     member.tags.push_back(tag);
     tag_pids_[tag] = member.pid();
     if (auto set = set_poll_priority(member.threads[i], config_.nice); !set) spdlog::warn("{}", set.error().text);
-    if (auto watched = fence_.watch(member.threads[i], tag, TANDEM_FENCE_NO_RING, member.pid()); !watched)
-      return end(member, watched.error().text);
-    if (owner != nullptr) {
-      auto set = fence_.set_ring(owner->threads[i], owner->tags[i], member.rings[i]);
-      // kGone: the owner is dead; the member will see its slot before it first sleeps.
-      if (!set && set.error().kind != ErrorKind::kGone) return end(member, set.error().text);
-    }
-    ArmBody body{i, tag, 0, 0};
-    std::vector<int> fds;
-    if (owner != nullptr) {
-      body.owner_pid = static_cast<std::uint32_t>(owner->pid());
-      body.owner_tid = static_cast<std::uint32_t>(owner->threads[i]);
-      fds.push_back(owner->pidfd());
-    }
-    if (auto sent = member.send(ControlType::kArm, body, fds); !sent) return end(member, sent.error().text);
   }
+  // The vault knows the tags before anyone can own under them.
+  listener_.on_member_change(*this, member);
+  for (std::uint32_t i = 0; i < config_.shards; ++i)
+    if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
 }
 
+// Watch first, confirmed; then the owner's death is to wake this member; then it may own. Doing it again changes nothing.
+Status Pair::arm_shard(Member& member, std::uint32_t shard) {
+  const pid_t thread = member.threads[shard];
+  const std::uint32_t tag = member.tags[shard];
+  if (!fence_.set_ring(thread, tag, TANDEM_FENCE_NO_RING)) {
+    if (auto watched = fence_.watch(thread, tag, TANDEM_FENCE_NO_RING, member.pid()); !watched) return watched;
+  }
+  ArmBody body{shard, tag, 0, 0};
+  std::vector<int> fds;
+  if (const Member* owner = owner_member(); owner != nullptr) {
+    auto set = fence_.set_ring(owner->threads[shard], owner->tags[shard], member.rings[shard]);
+    // kGone: the owner is dead; the member will see its slot before it first sleeps.
+    if (!set && set.error().kind != ErrorKind::kGone) return set;
+    body.owner_pid = static_cast<std::uint32_t>(owner->pid());
+    body.owner_tid = static_cast<std::uint32_t>(owner->threads[shard]);
+    fds.push_back(owner->pidfd());
+  }
+  return member.send(ControlType::kArm, body, fds);
+}
+
 void Pair::on_took_over(Member& member, const TakeoverBody& body) {
-  if (member.stage != Member::Stage::kArmed) return end(member, "it reported a takeover out of turn");
+  // A supervisor that adopted this pair may have seen from the segment what the report says only now.
+  const bool known = member.stage == Member::Stage::kOwner;
+  if (member.stage != Member::Stage::kArmed && !known) return end(member, "it reported a takeover out of turn");
   const std::uint64_t word = segment_->shards[body.shard].owner.load(std::memory_order_acquire);
   if (owner_tag(word) != member.tags[body.shard])
     return end(member, "it claims shard " + std::to_string(body.shard) + ", which the segment says another owns");
@@ -357,7 +453,7 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
     tags_.retire(previous);
     tag_pids_.erase(victim);
   }
-  if (++member.shards_owned < config_.shards) return;
+  if (known || ++member.shards_owned < config_.shards) return;
   early_deaths_ = 0;
   for (Member& other : members_)
     if (other.stage == Member::Stage::kOwner) other.stage = Member::Stage::kDead;
@@ -374,7 +470,9 @@ void Pair::on_exit(pid_t pid) {
   const bool was_owner = pid == owner_pid_;
   const bool early = found->stage != Member::Stage::kOwner && now_ns() - found->spawned_ns < kEarlyNs;
   const ExitStatus status = found->reap();
-  if (status.signal != 0)
+  if (!status.known)
+    spdlog::warn("pair {}: backend {}, started by an earlier tandemd, is gone", name_, pid);
+  else if (status.signal != 0)
     spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);

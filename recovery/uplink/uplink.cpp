@@ -77,6 +77,47 @@ Result<Uplink> Uplink::open(const UplinkConfig& config) {
   return uplink;
 }
 
+Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& record,
+                             std::span<const XskDescription> queues, std::vector<UniqueFd> fds) {
+  const std::string doing = "adopt uplink " + config.name + " (" + record.netdev + ")";
+  if (fds.size() < kXskFdsPerQueue * queues.size())
+    return fail(ErrorKind::kInvalid, doing + ": sockets are missing");
+  auto mac = normalized_mac(config.mac);
+  if (!mac) return within(doing, std::move(mac.error()));
+  auto rtnetlink = Rtnetlink::open();
+  if (!rtnetlink) return within(doing, std::move(rtnetlink.error()));
+  auto monitor = LinkMonitor::open();
+  if (!monitor) return within(doing, std::move(monitor.error()));
+  Uplink uplink{config, std::move(*rtnetlink)};
+  uplink.config_.mac = *mac;
+  uplink.monitor_ = std::move(*monitor);
+  const bool bridge = config.kind == UplinkKind::kBridge;
+  const std::string& above = bridge ? config.name : record.netdev;
+  for (auto [state, name] : {std::pair{&uplink.ours_, &record.netdev}, std::pair{&uplink.above_, &above},
+                             std::pair{&uplink.port_, bridge ? &record.port : &record.netdev}}) {
+    auto found = existing(uplink.rtnetlink_, *name);
+    if (!found) return within(doing, std::move(found.error()));
+    *state = std::move(*found);
+  }
+  auto redirect = XdpRedirect::adopt(config.pin_dir + "/" + pin_name(record.netdev));
+  if (!redirect) return within(doing, std::move(redirect.error()));
+  uplink.redirect_ = std::move(*redirect);
+  for (std::size_t i = 0; i < queues.size(); ++i)
+    uplink.queues_.emplace_back(queues[i], std::move(fds[2 * i]), std::move(fds[2 * i + 1]));
+  if (fds.size() > 2 * queues.size()) uplink.membership_ = std::move(fds[2 * queues.size()]);
+  uplink.mtu_ = record.mtu;
+  uplink.was_down_ = record.was_down;
+  uplink.channels_changed_ = record.channels_changed;
+  uplink.channels_before_ = record.channels_before;
+  uplink.features_before_ = record.features_before;
+  uplink.owned_.set();
+  return uplink;
+}
+
+UplinkRecord Uplink::record() const {
+  return {ours_.name, port_.name, mtu_, was_down_, channels_changed_, channels_before_, features_before_};
+}
+
 Uplink::~Uplink() { (void)close(); }
 
 Status Uplink::set_mtu(std::uint32_t available) {
