@@ -76,6 +76,10 @@ class Pair {
   [[nodiscard]] PairState state() const { return state_; }
   [[nodiscard]] Segment& segment() const { return *segment_; }
   [[nodiscard]] const std::list<Member>& members() const { return members_; }
+  template <class Visitor>
+  void each_member(Visitor visit) {
+    for (Member& member : members_) visit(member);
+  }
   [[nodiscard]] const Member* owner() const;
   [[nodiscard]] const Member* heir() const;
 
