@@ -48,10 +48,12 @@ UniqueFd make_memfd(const char* name, std::uint64_t bytes) {
 
 FakeFence::FakeFence() {
   constexpr std::size_t kBytes = TANDEM_FENCE_SLOTS * sizeof(tandem_fence_slot);
-  const UniqueFd fd = make_memfd("fence", kBytes);
-  slots_ = must(Mapping::map(fd.get(), kBytes, PROT_READ | PROT_WRITE, 0, "fence slots"));
-  view_ = must(FenceView::map(fd.get()));
+  fd_ = make_memfd("fence", kBytes);
+  slots_ = must(Mapping::map(fd_.get(), kBytes, PROT_READ | PROT_WRITE, 0, "fence slots"));
+  view_again();
 }
+
+void FakeFence::view_again() { views_.push_back(must(FenceView::map(fd_.get()))); }
 
 void FakeFence::kill(std::uint32_t tag) {
   auto& slot = reinterpret_cast<tandem_fence_slot*>(slots_.data())[tag % TANDEM_FENCE_SLOTS];

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
@@ -34,11 +35,16 @@ class FakeFence {
  public:
   FakeFence();
   void kill(std::uint32_t tag);
-  [[nodiscard]] const FenceView& view() const { return view_; }
+  /// For this process only: a view is not inherited by children.
+  [[nodiscard]] const FenceView& view() const { return views_.back(); }
+  /// Makes view() anew, in a child.
+  void view_again();
 
  private:
+  UniqueFd fd_;
   Mapping slots_;
-  FenceView view_;
+  // One a process. A parent's stays: unmapping it in a child would hit whatever lies at its address there.
+  std::deque<FenceView> views_;
 };
 
 struct WorldShape {
