@@ -33,7 +33,8 @@ extern "C" void tandem_probe(tandem::ProbePoint point) noexcept {
   control->passes[number].fetch_add(1, std::memory_order_relaxed);
   if (control->armed.load(std::memory_order_acquire) != number + 1) return;
   if (control->countdown.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  control->armed.store(0, std::memory_order_release);
+  control->countdown.store(1, std::memory_order_relaxed);
+  control->armed.store(control->then.exchange(0), std::memory_order_release);
   control->killed.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_release);
   ::kill(::getpid(), SIGKILL);
   for (;;) ::pause();

@@ -13,6 +13,7 @@ namespace tandem::test {
 struct ProbeControl {
   std::atomic<std::uint32_t> armed;      ///< ProbePoint + 1; 0: none
   std::atomic<std::uint32_t> countdown;  ///< the pass that kills
+  std::atomic<std::uint32_t> then;       ///< what to arm when that has happened, for one pass; 0: nothing
   std::atomic<std::uint32_t> killed;     ///< pid of the last one killed
   std::atomic<std::uint32_t> passes[static_cast<std::size_t>(ProbePoint::kCount)];
 };

@@ -70,6 +70,7 @@ class PairHost {
   [[nodiscard]] std::string nic_socket(const std::string& mac) const;
   [[nodiscard]] std::string control_socket() const { return run_dir() + "/control.sock"; }
   [[nodiscard]] std::string run_dir() const { return directory_ + "/run"; }
+  [[nodiscard]] std::string incident_dir() const { return directory_ + "/incidents"; }
 
   json nic(const std::string& mac) const;   ///< entry of status; null if none
   json pair(const std::string& name = "default") const;
