@@ -33,8 +33,12 @@ class CrashTrial {
 
  private:
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
+  void restart_driver(EngineWorld& world, ShardStepper& owner) const;
+  void begin_burst();
+  [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
   void step_owner(RowResult& result);
-  void step_heirs(RowResult& result);
+  /// `moved`: guest and kernel had gone on before the heir came.
+  void step_heirs(bool moved, RowResult& result);
   /// An heir takes over a copy of `snapshot`, once at once and once after guest and kernel have gone on.
   void judge(const Snapshot& snapshot, RowResult& result);
 
@@ -42,7 +46,7 @@ class CrashTrial {
   std::unique_ptr<EngineWorld> world_, trial_;
   std::unique_ptr<FakeFence> fence_;
   std::unique_ptr<Flows> flows_;  // as they stand when the burst begins
-  std::shared_ptr<const Device> device_;
+  std::vector<std::shared_ptr<const Device>> devices_;
   std::shared_ptr<const UplinkPorts> ports_;
   std::unordered_set<std::uint64_t> seen_;
   std::vector<Snapshot> starts_;  // the distinct states of the owner's burst

@@ -59,7 +59,7 @@ void add(RowResult& total, const RowResult& row) {
 
 void print(const char* name, const RowResult& result) {
   const Verdict& verdict = result.verdict;
-  std::printf("%-66s %9llu %7llu %10llu %7llu  %s\n", name, static_cast<unsigned long long>(result.points),
+  std::printf("%-78s %9llu %7llu %10llu %7llu  %s\n", name, static_cast<unsigned long long>(result.points),
               static_cast<unsigned long long>(result.distinct), static_cast<unsigned long long>(result.nested_points),
               static_cast<unsigned long long>(result.nested_distinct), verdict.clean() ? "ok" : "FAILED");
   std::fflush(stdout);
@@ -92,12 +92,13 @@ bool work(const std::vector<MatrixRow>& rows, Board& board, unsigned jobs) {
 int main(int argc, char** argv) {
   CLI::App app{"Crashes at every instruction of a burst and of the takeover after it"};
   std::string json_file, filter;
-  bool quick = false, must_fail = false, list = false;
+  bool quick = false, deep = false, must_fail = false, list = false;
   unsigned jobs = 2;
   app.add_option("--json", json_file, "Write the figures to this file");
   app.add_option("--rows", filter, "Only rows whose name contains this");
   app.add_option("--jobs", jobs, "Worker processes")->check(CLI::Range(1u, 64u));
   app.add_flag("--quick", quick, "A few rows only, under a minute");
+  app.add_flag("--deep", deep, "Second crashes after bursts of 32 too, at every instruction: several times as long");
   app.add_flag("--must-fail", must_fail, "Succeed only if harm was found: for engines broken on purpose");
   app.add_flag("--list", list, "Name the rows and leave");
   CLI11_PARSE(app, argc, argv);
@@ -106,6 +107,7 @@ int main(int argc, char** argv) {
   std::erase_if(rows, [&](const MatrixRow& row) {
     return (quick && !row.quick) || (!filter.empty() && row.name.find(filter) == std::string::npos);
   });
+  for (MatrixRow& row : rows) row.nested = row.nested || deep;
   if (list) {
     for (const MatrixRow& row : rows) std::printf("%s\n", row.name.c_str());
     return 0;
@@ -115,7 +117,7 @@ int main(int argc, char** argv) {
   if (shared == MAP_FAILED) return 2;
   auto* board = new (shared) Board;
 
-  std::printf("%-66s %9s %7s %10s %7s\n", "row", "points", "states", "in heirs", "states");
+  std::printf("%-78s %9s %7s %10s %7s\n", "row", "points", "states", "in heirs", "states");
   std::fflush(stdout);
   const auto begin = std::chrono::steady_clock::now();
   const bool all_well = work(rows, *board, jobs);

@@ -13,6 +13,22 @@ const char* name(Wrap wrap) {
   return wrap == Wrap::kNone ? "no wrap" : wrap == Wrap::kRing ? "ring wrap" : "index wrap";
 }
 
+const char* name(Situation situation) {
+  switch (situation) {
+    case Situation::kPlain:
+      return "";
+    case Situation::kStarved:
+      return ", starved";
+    case Situation::kFull:
+      return ", TX ring full";
+    case Situation::kBadChain:
+      return ", with a bad chain";
+    case Situation::kRestart:
+      return ", restart of the rings";
+  }
+  return "";
+}
+
 // As small as the burst allows: every instruction is followed by a look at all of it.
 WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool mergeable, bool event_index) {
   WorldShape shape;
@@ -36,19 +52,21 @@ WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool 
 std::vector<MatrixRow> matrix() {
   std::vector<MatrixRow> rows;
   const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
-                       std::uint32_t burst) {
+                       std::uint32_t burst, Situation situation = Situation::kPlain) {
     MatrixRow row;
+    row.situation = situation;
     row.transmit = transmit;
     row.receive = receive;
     row.burst = burst;
     row.wrap = wrap;
     row.nested = burst <= 2;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index);
+    if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
     row.name = std::string(!receive ? "guest->uplink" : !transmit ? "uplink->guest" : "both ways") + ", " + name(style) +
-               (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") + ", " + name(wrap) + ", burst " +
+               (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") + name(situation) + ", " + name(wrap) + ", burst " +
                std::to_string(burst);
     // One of each kind, so that every option occurs.
-    row.quick = event_index && (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
+    row.quick = situation == Situation::kPlain && event_index && (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                             : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
                                                   mergeable == receive);
     rows.push_back(row);
@@ -64,6 +82,14 @@ std::vector<MatrixRow> matrix() {
   for (const std::uint32_t burst : {1u, 2u, 32u})
     for (const bool mergeable : {false, true})
       add(true, true, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
+  for (const std::uint32_t burst : {2u, 32u})
+    for (const bool mergeable : {false, true})
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kIndirect}) {
+        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
+        add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+      }
   return rows;
 }
 

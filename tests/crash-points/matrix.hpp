@@ -12,11 +12,21 @@ namespace tandem::test {
 
 enum class Wrap { kNone, kRing, kIndex };
 
+/// What is special about the burst.
+enum class Situation {
+  kPlain,
+  kStarved,   ///< fewer receive buffers than packets
+  kFull,      ///< fewer places on the TX ring than packets
+  kBadChain,  ///< a chain in the middle that has to be dropped
+  kRestart,   ///< no burst: the owner puts a new start of both rings in force
+};
+
 struct MatrixRow {
   std::string name;
   bool transmit = false, receive = false;
   std::uint32_t burst = 1;  ///< packets in each direction
   Wrap wrap = Wrap::kNone;
+  Situation situation = Situation::kPlain;
   bool nested = false;  ///< a second crash at every instruction of the takeover too
   bool quick = false;   ///< part of the short run
   WorldShape shape;     ///< its first indices are set by the trial, which knows what the warm-up uses
