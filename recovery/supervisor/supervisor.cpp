@@ -323,7 +323,8 @@ void Supervisor::on_detached(Pair& pair, std::uint32_t device) {
   if (const Nic* nic = find_nic(pair, device); nic != nullptr) finish_release(nic->option.mac);
 }
 
-void Supervisor::finish_release(const std::string& mac) {
+// By value: what names the NIC goes with it.
+void Supervisor::finish_release(std::string mac) {
   const auto found = nics_.find(mac);
   if (found == nics_.end()) return;
   Nic nic = std::move(found->second);
