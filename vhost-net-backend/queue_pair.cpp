@@ -137,10 +137,11 @@ void count_transaction(ShardState& shard) {
 }
 
 // Entries that the guest has made available; stops the queue if it claims more than the ring holds.
-std::uint32_t available(const SplitQueue& queue, VringCursors& vring) {
+std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, VringCursors& vring) {
   const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
   if (ahead <= queue.size()) return ahead;
-  vring.fault.store(QueueFault::kAvailJump, std::memory_order_release);
+  // A ring whose pages are gone reads as zero: that is not the guest's doing.
+  vring.fault.store(memory.faulted() ? QueueFault::kMemoryFault : QueueFault::kAvailJump, std::memory_order_release);
   return 0;
 }
 
@@ -355,7 +356,7 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   VringCursors& vring = pair.state->transmit;
   const SplitQueue& queue = pair.transmit.queue;
   XskPort& port = *pair.port;
-  const std::uint32_t ready = std::min(available(queue, vring), kBurstPackets);
+  const std::uint32_t ready = std::min(available(*pair.memory, queue, vring), kBurstPackets);
   if (ready == 0) return 0;
   drain_completions(pair);
   const std::uint32_t producer = port.tx.producer();
@@ -408,7 +409,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
   const std::uint32_t consumer = port.rx.consumer();
   const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
   if (waiting == 0) return 0;
-  const std::uint32_t ready = available(pair.receive.queue, vring);
+  const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
   pair.receive_starved = false;
   RedoRecord& record = pair.shard->record;

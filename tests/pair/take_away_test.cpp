@@ -35,7 +35,7 @@ struct Scene {
 
   void flood(std::uint32_t frames = 64) {
     for (std::uint32_t number = 0; number < frames; ++number)
-      traffic->outside().send(numbered_frame(kMac, "02:00:00:00:00:01", 500, number, 900));
+      traffic->outside().send(numbered_frame(kMac, "02:00:00:00:00:01", kUncountedFlow, number, 900));
   }
 
   /// Floods until the victim's receive queue moves.
