@@ -136,9 +136,13 @@ void count_transaction(ShardState& shard) {
   shard.transactions.store(shard.transactions.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
-// Entries that the guest has made available; stops the queue if it claims more than the ring holds.
-std::uint32_t available(const SplitQueue& queue, VringCursors& vring) {
+// Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has gone.
+std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, VringCursors& vring) {
   const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
+  if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
+    vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
+    return 0;
+  }
   if (ahead <= queue.size()) return ahead;
   vring.fault.store(QueueFault::kAvailJump, std::memory_order_release);
   return 0;
@@ -355,7 +359,7 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   VringCursors& vring = pair.state->transmit;
   const SplitQueue& queue = pair.transmit.queue;
   XskPort& port = *pair.port;
-  const std::uint32_t ready = std::min(available(queue, vring), kBurstPackets);
+  const std::uint32_t ready = std::min(available(*pair.memory, queue, vring), kBurstPackets);
   if (ready == 0) return 0;
   drain_completions(pair);
   const std::uint32_t producer = port.tx.producer();
@@ -408,7 +412,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
   const std::uint32_t consumer = port.rx.consumer();
   const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
   if (waiting == 0) return 0;
-  const std::uint32_t ready = available(pair.receive.queue, vring);
+  const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
   pair.receive_starved = false;
   RedoRecord& record = pair.shard->record;
@@ -422,6 +426,8 @@ std::uint32_t receive_burst(QueuePair& pair) {
       const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
       if (packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
         ++record.dropped_after;  // the kernel does not do this; a damaged ring does
+        if (port.is_receive_frame(descriptor.addr))
+          record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
         continue;
       }
       const Placed placed = place(pair, packet, descriptor.len, heads, ready);

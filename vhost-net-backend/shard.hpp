@@ -98,6 +98,8 @@ class Shard {
   [[nodiscard]] std::uint32_t thread_id() const { return thread_id_.load(std::memory_order_acquire); }
 
  private:
+  friend struct ShardSteps;  // tests/support: drives run()'s steps one at a time, in the caller's thread
+
   // One device as this shard knows it. `held` is ordered by generation; the one in force is among them.
   struct Served {
     std::shared_ptr<const UplinkPorts> uplink;

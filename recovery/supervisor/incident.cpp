@@ -95,8 +95,13 @@ Result<IncidentLog> IncidentLog::open(const std::string& directory) {
   for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
     const std::string stem = entry.path().stem().string();
     if (stem.empty() || stem.size() > 18 || stem.find_first_not_of("0123456789") != std::string::npos) continue;
-    log.next_id_ = std::max<std::uint64_t>(log.next_id_, std::stoull(stem) + 1);
+    const std::uint64_t id = std::stoull(stem);
+    log.next_id_ = std::max<std::uint64_t>(log.next_id_, id + 1);
+    std::ifstream file(entry.path());
+    auto record = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+    if (record.is_object()) log.earlier_[id] = std::move(record);
   }
+  while (log.earlier_.size() > kKept) log.earlier_.erase(log.earlier_.begin());
   return log;
 }
 
@@ -105,6 +110,13 @@ Incident& IncidentLog::add(Incident incident) {
   recent_.push_back(std::move(incident));
   if (recent_.size() > kKept) recent_.pop_front();
   return recent_.back();
+}
+
+nlohmann::json IncidentLog::all() const {
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& [id, record] : earlier_) list.push_back(record);
+  for (const Incident& incident : recent_) list.push_back(incident.to_json());
+  return list;
 }
 
 Incident* IncidentLog::find(std::uint64_t id) {

@@ -454,6 +454,7 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
     tag_pids_.erase(victim);
   }
   if (known || ++member.shards_owned < config_.shards) return;
+  forget_dead_tags();
   early_deaths_ = 0;
   for (Member& other : members_)
     if (other.stage == Member::Stage::kOwner) other.stage = Member::Stage::kDead;
@@ -477,7 +478,7 @@ void Pair::on_exit(pid_t pid) {
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
   if (early && state_ != PairState::kStopped) ++early_deaths_;
-  forget_watches(*found);
+  forget_watches(*found, was_owner);
   members_.erase(found);
   std::vector<std::uint32_t> waiting;
   for (const auto& [device, attached] : devices_)
@@ -493,16 +494,30 @@ void Pair::on_exit(pid_t pid) {
     listener_.on_state(*this);
 }
 
-void Pair::forget_watches(Member& member) {
+void Pair::forget_watches(Member& member, bool owned) {
   for (std::size_t i = 0; i < member.tags.size(); ++i) {
-    static_cast<void>(fence_.unwatch(member.threads[i]));
-    // The tag of an owner is named by the segment until an heir takes over; it is retired then.
-    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) != member.tags[i]) {
-      tags_.retire(member.tags[i]);
-      tag_pids_.erase(member.tags[i]);
-    }
+    // A death takes its own watch away; only one that is still this thread's may be removed, for the tid may name another by now.
+    if (fence_.set_ring(member.threads[i], member.tags[i], TANDEM_FENCE_NO_RING))
+      static_cast<void>(fence_.unwatch(member.threads[i]));
+    // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it. A member
+    // that the segment names owned too, though its own report never came.
+    if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) continue;
+    tags_.retire(member.tags[i]);
+    tag_pids_.erase(member.tags[i]);
   }
   for (const std::uint32_t ring : member.rings) static_cast<void>(fence_.free_ring(ring));
+}
+
+// Tags of owners whose heirs died before they could report.
+void Pair::forget_dead_tags() {
+  for (auto entry = tag_pids_.begin(); entry != tag_pids_.end();) {
+    if (find(entry->second) != nullptr) {
+      ++entry;
+      continue;
+    }
+    tags_.retire(entry->first);
+    entry = tag_pids_.erase(entry);
+  }
 }
 
 Status Pair::reserve(std::uint32_t queue_pairs, std::uint32_t& device, std::uint32_t& first_queue_pair) {

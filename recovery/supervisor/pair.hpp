@@ -76,6 +76,10 @@ class Pair {
   [[nodiscard]] PairState state() const { return state_; }
   [[nodiscard]] Segment& segment() const { return *segment_; }
   [[nodiscard]] const std::list<Member>& members() const { return members_; }
+  template <class Visitor>
+  void each_member(Visitor visit) {
+    for (Member& member : members_) visit(member);
+  }
   [[nodiscard]] const Member* owner() const;
   [[nodiscard]] const Member* heir() const;
 
@@ -145,7 +149,8 @@ class Pair {
   void on_message(Member& member, const ChannelMessage& message);
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
-  void forget_watches(Member& member);
+  void forget_watches(Member& member, bool owned);
+  void forget_dead_tags();
   void note_detached(std::uint32_t device, pid_t pid);
   void prune_generations(std::uint32_t device);
   Member* find(pid_t pid);

@@ -29,6 +29,7 @@ using namespace std::chrono_literals;
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
 // An incident is closed this long after its takeover even if no packet came.
 constexpr auto kIncidentOpen = 2s;
+constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
   timespec now{};
@@ -123,10 +124,51 @@ void Supervisor::shut_down() {
 
 void Supervisor::dispatch_vault() {
   if (auto dispatched = vault_->dispatch(*this); !dispatched) {
-    // Every QEMU has lost its connection with the vault: end, so that both start afresh.
-    spdlog::critical("talk to tandem-vault: {}; tandemd ends, start both again", dispatched.error().text);
-    loop_.quit();
+    spdlog::critical("talk to tandem-vault: {}; every QEMU has lost its connection and will reconnect",
+                     dispatched.error().text);
+    vault_watch_.reset();
+    vault_lost_ns_ = now_ns();
+    find_new_vault();
   }
+}
+
+// The vault is gone, and with it QEMU's connections. Pairs and uplinks are whole: give a new vault everything, and let QEMU in again.
+void Supervisor::find_new_vault() {
+  auto vault = VaultClient::connect(config_.vault_socket(), std::chrono::milliseconds(20));
+  if (!vault) {
+    if (now_ns() - vault_lost_ns_ > kVaultLimitNs) {
+      spdlog::critical("no new tandem-vault within 30 s: {}; tandemd ends, start both again", vault.error().text);
+      return loop_.quit();
+    }
+    soon_["vault"] = loop_.after(50ms, [this] { find_new_vault(); });
+    return;
+  }
+  vault_ = std::move(*vault);
+  auto watch = loop_.watch(vault_->fd(), [this] { dispatch_vault(); });
+  if (!watch) {
+    spdlog::critical("{}", watch.error().text);
+    return loop_.quit();
+  }
+  vault_watch_ = std::move(*watch);
+  for (auto& [name, pair] : pairs_) {
+    save_pair(*pair);
+    pair->each_member([&](Member& member) { on_member_change(*pair, member); });
+  }
+  for (auto& [mac, nic] : nics_) {
+    if (nic.releasing) continue;
+    nic.pending.reset();
+    nic.connected = false;
+    nic.device->disconnect();
+    describe(nic);
+    Status told = save_nic(nic);
+    for (const SavedItem& item : nic.device->save())
+      if (told) told = vault_->put(device_key(mac, item.item), item.bytes, item.fds);
+    auto socket = open_nic_socket(mac);
+    if (told && socket) told = vault_->listen(mac, socket->get());
+    if (!told || !socket)
+      spdlog::error("NIC {}: let QEMU connect again: {}", mac, socket ? told.error().text : socket.error().text);
+  }
+  spdlog::warn("attached to a new tandem-vault; {} NICs wait for QEMU to reconnect", nics_.size());
 }
 
 // ---- NICs ----
@@ -171,6 +213,18 @@ UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   return uplink;
 }
 
+// The socket that QEMU connects to; the account QEMU runs as owns it, so that nobody else connects.
+Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
+  const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
+  const group* group = config_.socket_group.empty() ? nullptr : ::getgrnam(config_.socket_group.c_str());
+  if (!config_.socket_user.empty() && user == nullptr)
+    return fail(ErrorKind::kInvalid, "there is no account \"" + config_.socket_user +
+                                         "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
+  return listen_unix(config_.nic_socket_dir() + "/" + socket_name(mac), 0660,
+                     user == nullptr ? 0 : static_cast<int>(user->pw_uid),
+                     group == nullptr ? -1 : static_cast<int>(group->gr_gid));
+}
+
 Status Supervisor::provision(const DomainOption& domain, const NicOption& option) {
   const std::string doing = "provide NIC " + option.mac + " of domain " + domain.name;
   if (const auto other = nics_.find(option.mac); other != nics_.end())
@@ -206,14 +260,7 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   if (!made) return within(doing, std::move(made.error()));
   nic.device.emplace(std::move(*made));
 
-  const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
-  const group* group = config_.socket_group.empty() ? nullptr : ::getgrnam(config_.socket_group.c_str());
-  if (!config_.socket_user.empty() && user == nullptr)
-    return fail(ErrorKind::kInvalid, doing + ": there is no account \"" + config_.socket_user +
-                                         "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
-  const std::string path = config_.nic_socket_dir() + "/" + socket_name(option.mac);
-  auto socket = listen_unix(path, 0660, user == nullptr ? 0 : static_cast<int>(user->pw_uid),
-                            group == nullptr ? -1 : static_cast<int>(group->gr_gid));
+  auto socket = open_nic_socket(option.mac);
   if (!socket) return within(doing, std::move(socket.error()));
 
   std::vector<UniqueFd> fds;

@@ -71,6 +71,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void save_pair(const Pair& pair);
   Status save_nic(const Nic& nic);
   void dispatch_vault();
+  void find_new_vault();
 
   // supervisor_requests.cpp: what operators and the hook ask for
   void on_request(const nlohmann::json& request, const ControlServer::Answer& answer);
@@ -88,6 +89,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Status provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
+  Result<UniqueFd> open_nic_socket(const std::string& mac) const;
   UplinkConfig uplink_config(const NicOption& option) const;
   void watch_uplink(Nic& nic);
   void set_hang_limits(Pair& pair);
@@ -127,6 +129,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::map<std::string, EventLoop::Timer> soon_;
   std::map<std::string, std::vector<std::function<void()>>> when_stopped_;  // by pair
   std::unique_ptr<ControlServer> server_;
+  std::uint64_t vault_lost_ns_ = 0;
   bool stopping_ = false;
 };
 

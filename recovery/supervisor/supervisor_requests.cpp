@@ -224,10 +224,6 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"overflow", overflow}};
 }
 
-nlohmann::json Supervisor::incident_list() const {
-  nlohmann::json list = nlohmann::json::array();
-  for (const Incident& incident : incidents_->recent()) list.push_back(incident.to_json());
-  return {{"ok", true}, {"incidents", std::move(list)}};
-}
+nlohmann::json Supervisor::incident_list() const { return {{"ok", true}, {"incidents", incidents_->all()}}; }
 
 }  // namespace tandem

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The active backend dies under numbered traffic, again and again; its heir finishes, and what is known is recorded.
+#include <signal.h>
+
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <thread>
+
+#include "tests/pair/fixture.hpp"
+
+using namespace tandem;
+using namespace tandem::test;
+using nlohmann::json;
+
+namespace {
+
+/// Under traffic until the pair has another owner and an armed heir again.
+void pump_until_paired(PairHost& host, Traffic& traffic, pid_t not_this) {
+  auto asked = std::chrono::steady_clock::now();
+  const bool paired = traffic.pump_until([&] {
+    if (std::chrono::steady_clock::now() - asked < std::chrono::milliseconds{20}) return false;
+    asked = std::chrono::steady_clock::now();
+    const json pair = host.pair();
+    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["active"]["pid"] != not_this;
+  });
+  if (!paired) FAIL("no pair again: " << host.status().dump(2));
+}
+
+/// Whether an incident says everything that it should; `cause` as it is named.
+void check_incident(const json& incident, const std::string& cause, pid_t victim, pid_t heir) {
+  CAPTURE(incident.dump(2));
+  CHECK(incident["pair"] == "default");
+  CHECK(incident["cause"] == cause);
+  CHECK(incident["victim_pid"] == victim);
+  CHECK(incident["heir_pid"] == heir);
+  CHECK(incident["signal"].get<int>() > 0);
+  CHECK(incident["detected_by"] == "fence");
+  CHECK(incident["time_ms"].get<std::int64_t>() > 1'600'000'000'000);
+  CHECK(incident["epoch"].get<int>() > 1);
+  CHECK(incident["complete"] == true);
+  CHECK(incident["queue_pairs"] == 1);
+  const json& line = incident["timeline_ns"];
+  CHECK(line["last_heartbeat"].get<std::int64_t>() <= 1'000'000);  // clocks differ by microseconds at most
+  CHECK(line["fenced"] == 0);
+  std::int64_t before = 0;
+  for (const char* stage : {"heir_awake", "epoch_taken", "replayed", "first_transaction"}) {
+    INFO(stage);
+    REQUIRE(line[stage].is_number());
+    CHECK(line[stage].get<std::int64_t>() >= before);
+    before = line[stage];
+  }
+  const json& replayed = incident["replayed"];
+  REQUIRE(replayed["armed"].is_boolean());
+  if (replayed["armed"] == true) {
+    CHECK(replayed["valid"] == true);
+    CHECK((replayed["direction"] == "transmit" || replayed["direction"] == "receive"));
+    CHECK(replayed["packets"].get<int>() > 0);
+    CHECK(replayed["queue_pair"] == 0);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("SIGKILL at random moments under traffic both ways") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    const auto seed = std::random_device{}();
+    CAPTURE(seed);
+    std::mt19937 random(seed);
+    constexpr int kKills = 12;
+    for (int kill = 0; kill < kKills; ++kill) {
+      REQUIRE(traffic.pump_frames(std::uniform_int_distribution<std::uint64_t>(1, 400)(random)));
+      const pid_t victim = host.active(), heir = host.standby();
+      REQUIRE(victim > 0);
+      REQUIRE(::kill(victim, SIGKILL) == 0);
+      pump_until_paired(host, traffic, victim);
+      CHECK(host.active() == heir);
+      CHECK(host.standby() != victim);
+      REQUIRE(traffic.pump_until([&] { return host.incidents().back()["complete"] == true; }));
+      check_incident(host.incidents().back(), "SIGKILL", victim, heir);
+    }
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result);
+    CHECK(result.clean());
+    CHECK(host.incidents().size() == kKills);
+    CHECK(host.nic(kMac)["overflow"] == 0);
+    CHECK(host.processes("tandem-backend").size() == 2);
+  }
+  require_clean_end(host, {"one"});
+}
+
+TEST_CASE("drills: faults of the backend's own under traffic") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    const std::pair<const char*, const char*> rows[] = {{"segv", "SIGSEGV"}, {"abort", "SIGABRT"}, {"bus", "SIGBUS"}};
+    for (const auto& [fault, cause] : rows) {
+      INFO(fault);
+      REQUIRE(traffic.pump_frames(100));
+      const pid_t victim = host.active(), heir = host.standby();
+      // The answer comes after the failover, which needs traffic for its first transaction: ask beside it.
+      json answer;
+      bool answered = false;
+      std::thread asking([&, name = std::string(fault)] {
+        answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}});
+        std::atomic_ref(answered).store(true);
+      });
+      const bool done = traffic.pump_until([&] { return std::atomic_ref(answered).load(); });
+      asking.join();
+      REQUIRE(done);
+      INFO(answer.dump(2));
+      REQUIRE(answer.value("ok", false));
+      check_incident(answer["incident"], cause, victim, heir);
+      // The file says the same.
+      std::ifstream file(host.incident_dir() + "/" + std::to_string(answer["incident"]["id"].get<int>()) + ".json");
+      CHECK(json::parse(file) == answer["incident"]);
+      pump_until_paired(host, traffic, victim);
+    }
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result);
+    CHECK(result.clean());
+    CHECK_FALSE(host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", "flood"}}).value("ok", true));
+    CHECK_FALSE(host.ask({{"command", "drill"}, {"pair", "nobody's"}, {"fault", "segv"}}).value("ok", true));
+  }
+  require_clean_end(host, {"one"});
+}
+
+TEST_CASE("owner and heir die together: a new backend goes on") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    for (int round = 0; round < 3; ++round) {
+      REQUIRE(traffic.pump_frames(200));
+      const pid_t victim = host.active(), heir = host.standby();
+      const bool heir_first = round % 2 == 0;
+      ::kill(heir_first ? heir : victim, SIGKILL);
+      ::kill(heir_first ? victim : heir, SIGKILL);
+      pump_until_paired(host, traffic, victim);
+    }
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result, host.nic(kMac).dump());
+    CHECK(result.clean());
+  }
+  require_clean_end(host, {"one"});
+}
+
+TEST_CASE("a standby that dies is replaced and costs nothing") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    REQUIRE(traffic.pump_frames(100));
+    const pid_t owner = host.active(), standby = host.standby();
+    ::kill(standby, SIGKILL);
+    REQUIRE(traffic.pump_until([&] { return host.standby() != 0 && host.standby() != standby; }));
+    CHECK(host.active() == owner);
+    CHECK(host.incidents().empty());
+    // The new one is an heir as good as the old one.
+    ::kill(owner, SIGKILL);
+    pump_until_paired(host, traffic, owner);
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result);
+    CHECK(result.clean());
+  }
+  require_clean_end(host, {"one"});
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every test of a pair begins with.
+#pragma once
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+
+#include "tests/pair/numbered.hpp"
+#include "tests/support/pair_host.hpp"
+#include "tests/support/scripted_front_end.hpp"
+#include "tests/support/skip.hpp"
+
+namespace tandem::test {
+
+inline const std::string kMac = "52:54:00:12:34:56";
+inline const std::string kOtherMac = "52:54:00:12:34:57";
+
+/// Leaves the test as skipped where there can be no pair.
+#define SKIP_UNLESS_PAIR()                                       \
+  do {                                                           \
+    const std::string reason_ = tandem::test::PairHost::prepare(); \
+    if (!reason_.empty()) TANDEM_SKIP(reason_);                  \
+  } while (false)
+
+/// Prepares a domain and requires success, which comes when the pair is there.
+inline void require_domain(const PairHost& host, const std::string& name, const std::vector<TestNic>& nics) {
+  const auto answer = host.prepare_domain(name, nics);
+  INFO(answer.dump());
+  REQUIRE(answer.value("ok", false));
+}
+
+/// A guest that is up on a NIC.
+inline ScriptedFrontEnd start_guest(const PairHost& host, const std::string& mac, FrontEndOptions options = {}) {
+  ScriptedFrontEnd guest(host.nic_socket(mac), options);
+  guest.negotiate();
+  guest.start();
+  return guest;
+}
+
+/// Requires that a domain can be released and that nothing stays behind after the end of all.
+inline void require_clean_end(PairHost& host, const std::vector<std::string>& domains) {
+  for (const std::string& name : domains) {
+    const auto answer = host.release_domain(name);
+    INFO(answer.dump());
+    REQUIRE(answer.value("ok", false));
+  }
+  CHECK(host.processes("tandem-backend").empty());
+  CHECK(host.stop() == "");
+}
+
+}  // namespace tandem::test
