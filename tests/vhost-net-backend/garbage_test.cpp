@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rings full of garbage, and rings that change while they are read: the engine survives, and writes only what it was offered.
-#include <catch2/catch.hpp>
-
+// Rings full of garbage, and rings that change while they are read: the engine survives, and writes only what it was
+// offered.
 #include <algorithm>
 #include <atomic>
+#include <catch2/catch.hpp>
 #include <cstring>
 #include <random>
 #include <thread>
@@ -97,7 +97,8 @@ TEST_CASE("rings full of garbage: nothing is written that no descriptor offered"
       for (std::uint32_t i = 0; i < queue->size(); ++i)
         queue->descriptor(i) = garbage.descriptor(queue == &bench.nic().receive, queue->size());
       for (std::uint32_t i = 0; i < queue->size(); ++i)
-        queue->offer(static_cast<std::uint16_t>(garbage.below(20) == 0 ? garbage.random() : garbage.below(queue->size())));
+        queue->offer(
+            static_cast<std::uint16_t>(garbage.below(20) == 0 ? garbage.random() : garbage.below(queue->size())));
       queue->publish();
     }
     send_from_uplink(bench.world, kFlow, 0, 60);
@@ -159,10 +160,8 @@ TEST_CASE("descriptors that change while they are read") {
         const std::uint64_t addresses[] = {good, ~std::uint64_t{0} - 8, good - 30, 0, good + 1024};
         const std::uint32_t lengths[] = {100, 0xffffffffu, 0, 12, 300};
         const unsigned flags[] = {0u, VRING_DESC_F_NEXT, VRING_DESC_F_INDIRECT, VRING_DESC_F_WRITE, 0u};
-        std::atomic_ref<__virtio64>(descriptor.addr)
-            .store(addresses[i % 5], std::memory_order_relaxed);
-        std::atomic_ref<__virtio32>(descriptor.len)
-            .store(lengths[i / 5 % 5], std::memory_order_relaxed);
+        std::atomic_ref<__virtio64>(descriptor.addr).store(addresses[i % 5], std::memory_order_relaxed);
+        std::atomic_ref<__virtio32>(descriptor.len).store(lengths[i / 5 % 5], std::memory_order_relaxed);
         std::atomic_ref<__virtio16>(descriptor.flags)
             .store(static_cast<std::uint16_t>(flags[i / 25 % 5] ^ direction), std::memory_order_relaxed);
       }
