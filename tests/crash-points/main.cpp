@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// crash_points: kills the poll thread at every instruction of a burst, and its heir at every instruction of the takeover.
+// crash_points: kills the poll thread at every instruction of a burst, and its heir at every instruction of the
+// takeover.
 //
-// Nobody is really killed: after each instruction the shared memory is what a thread dead at that instruction would have left. An heir
-// with the shipping takeover code is tried on every distinct state. Exit status 0 only if nothing was lost, repeated, reordered,
-// corrupted or leaked (with --must-fail: only if something was, which is how broken engines prove that this program can see).
+// Nobody is really killed: after each instruction the shared memory is what a thread dead at that instruction would
+// have left. An heir with the shipping takeover code is tried on every distinct state. Exit status 0 only if nothing
+// was lost, repeated, reordered, corrupted or leaked (with --must-fail: only if something was, which is how broken
+// engines prove that this program can see).
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -13,8 +15,8 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <new>
+#include <nlohmann/json.hpp>
 
 #include "tests/crash-points/crash_trial.hpp"
 

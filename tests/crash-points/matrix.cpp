@@ -62,13 +62,16 @@ std::vector<MatrixRow> matrix() {
     row.nested = burst <= 2;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index);
     if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
-    row.name = std::string(!receive ? "guest->uplink" : !transmit ? "uplink->guest" : "both ways") + ", " + name(style) +
-               (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") + name(situation) + ", " + name(wrap) + ", burst " +
-               std::to_string(burst);
+    row.name = std::string(!receive    ? "guest->uplink"
+                           : !transmit ? "uplink->guest"
+                                       : "both ways") +
+               ", " + name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") +
+               name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
     // One of each kind, so that every option occurs.
-    row.quick = situation == Situation::kPlain && event_index && (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
-                                            : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
-                                                  mergeable == receive);
+    row.quick =
+        situation == Situation::kPlain && event_index &&
+        (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
+                     : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 && mergeable == receive);
     rows.push_back(row);
   };
   for (const bool receive : {false, true})

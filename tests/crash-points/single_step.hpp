@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SteppedProcess: a child whose chosen stretch of code runs one machine instruction at a time (ptrace(2)).
 //
-// The child calls stepped::pause() at the places where the parent takes over. Between two pauses the parent lets it either run, or
-// step; after each step the child stands still and whatever it shares can be looked at. Dies with its parent.
+// The child calls stepped::pause() at the places where the parent takes over. Between two pauses the parent lets it
+// either run, or step; after each step the child stands still and whatever it shares can be looked at. Dies with its
+// parent.
 #pragma once
 
 #include <sys/types.h>

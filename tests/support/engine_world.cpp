@@ -125,9 +125,9 @@ DeviceDescription EngineWorld::describe(std::uint64_t generation) const {
   description.region_count = 1;
   const std::uint64_t spare = page_up(shape_.spare_bytes);
   for (int i = 0; i < 2 && spare > 0; ++i)
-    description.regions[description.region_count++] = {
-        spare_address(i), spare, kUserBase + 0x100000000u * static_cast<std::uint64_t>(i + 1),
-        guest_bytes_ + static_cast<std::uint64_t>(i) * spare};
+    description.regions[description.region_count++] = {spare_address(i), spare,
+                                                       kUserBase + 0x100000000u * static_cast<std::uint64_t>(i + 1),
+                                                       guest_bytes_ + static_cast<std::uint64_t>(i) * spare};
   for (std::uint32_t i = 0; i < 2 * shape_.queue_pairs; ++i) {
     const GuestQueue& queue = i % 2 == 0 ? nics[i / 2].receive : nics[i / 2].transmit;
     VringDescription& vring = description.vrings[i];

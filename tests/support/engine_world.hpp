@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// EngineWorld: everything a shard shares with others (guest memory, pair segment, AF_XDP rings and frames) in one small memfd, with a
-// guest and a kernel at the other ends; ShardStepper: a real Shard whose steps the test calls one by one. No root, sockets or BPF.
+// EngineWorld: everything a shard shares with others (guest memory, pair segment, AF_XDP rings and frames) in one small
+// memfd, with a guest and a kernel at the other ends; ShardStepper: a real Shard whose steps the test calls one by one.
+// No root, sockets or BPF.
 //
-// A world may be copied into another of the same shape (copy_from): a snapshot, on which an heir can be tried. Processes forked
-// from the one that made a world share it; each makes its own Device, because a backend's mappings are not inherited.
+// A world may be copied into another of the same shape (copy_from): a snapshot, on which an heir can be tried.
+// Processes forked from the one that made a world share it; each makes its own Device, because a backend's mappings are
+// not inherited.
 #pragma once
 
 #include <cstddef>
@@ -55,7 +57,8 @@ struct WorldShape {
   std::uint32_t device = 0;
   std::uint32_t first_queue_pair = 0;
   std::uint32_t xsk_index = 0;  ///< where the socket's ring indices begin
-  /// Memory besides the NIC's own: one region adjacent in guest addresses (but nowhere else) to the first, one after a hole.
+  /// Memory besides the NIC's own: one region adjacent in guest addresses (but nowhere else) to the first, one after a
+  /// hole.
   std::uint64_t spare_bytes = 0;
 };
 
@@ -66,7 +69,8 @@ class EngineWorld {
  public:
   explicit EngineWorld(const WorldShape& shape);
 
-  /// A description of the device with generation `generation`; change it before make_device() to describe something else.
+  /// A description of the device with generation `generation`; change it before make_device() to describe something
+  /// else.
   [[nodiscard]] DeviceDescription describe(std::uint64_t generation) const;
   [[nodiscard]] std::shared_ptr<const Device> make_device(const DeviceDescription& description,
                                                           const Device* previous = nullptr) const;
@@ -82,8 +86,8 @@ class EngineWorld {
   std::uint64_t calls(std::uint32_t vring) const;
   [[nodiscard]] int memory_fd() const { return memory_.get(); }
 
-  /// The parts of the area on which anything depends, in one order for all worlds of a shape: a snapshot is their concatenation.
-  /// Without heartbeats and timelines, which only tell what happened when.
+  /// The parts of the area on which anything depends, in one order for all worlds of a shape: a snapshot is their
+  /// concatenation. Without heartbeats and timelines, which only tell what happened when.
   [[nodiscard]] const std::vector<std::span<std::byte>>& parts() const { return parts_; }
   /// Takes over all shared bytes and what guest and kernel remember.
   void copy_from(const EngineWorld& other);

@@ -29,7 +29,8 @@ std::uint64_t GuestNic::bytes(const NicShape& shape) {
 
 GuestNic::GuestNic(const GuestSpace& space, std::uint64_t address, const NicShape& shape)
     : receive(space, RingPlace::at(address, shape.queue_size), shape.has(kEventIndex)),
-      transmit(space, RingPlace::at(address + RingPlace::bytes(shape.queue_size), shape.queue_size), shape.has(kEventIndex)),
+      transmit(space, RingPlace::at(address + RingPlace::bytes(shape.queue_size), shape.queue_size),
+               shape.has(kEventIndex)),
       shape_(shape),
       space_(&space) {
   if (shape.cuts.size() > 7) std::abort();

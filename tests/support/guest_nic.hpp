@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // GuestNic: a guest's virtio-net driver, one queue pair of it: sends and receives packets through GuestQueues.
 //
-// Buffers are slots of a fixed size, one per ring entry, used in turn. How a packet is laid out over descriptors is a choice of the
-// test (ChainStyle, cuts). Copyable and movable to a copy of the memory, like the queues. Thread: one at a time.
+// Buffers are slots of a fixed size, one per ring entry, used in turn. How a packet is laid out over descriptors is a
+// choice of the test (ChainStyle, cuts). Copyable and movable to a copy of the memory, like the queues. Thread: one at
+// a time.
 #pragma once
 
 #include <cstddef>
@@ -18,9 +19,9 @@ enum class ChainStyle { kDirect, kChained, kIndirect };
 
 struct NicShape {
   std::uint32_t queue_size = 64;
-  std::uint32_t slot_size = 256;  ///< bytes of each buffer, virtio header included
+  std::uint32_t slot_size = 256;        ///< bytes of each buffer, virtio header included
   std::uint32_t receive_slot_size = 0;  ///< of each receive buffer, if it differs
-  std::uint64_t features = 0;     ///< virtio feature bits, as negotiated
+  std::uint64_t features = 0;           ///< virtio feature bits, as negotiated
   ChainStyle transmit = ChainStyle::kDirect;
   ChainStyle receive = ChainStyle::kDirect;
   /// Where a chained or indirect buffer is cut into descriptors: byte offsets from its beginning, ascending. At most 7.
@@ -31,7 +32,9 @@ struct NicShape {
   /// Virtio 1.2, 5.1.6: 12 bytes with VERSION_1 or MRG_RXBUF, else 10.
   [[nodiscard]] std::uint32_t header_size() const;
   [[nodiscard]] bool mergeable() const;
-  [[nodiscard]] std::uint32_t receive_slot_bytes() const { return receive_slot_size != 0 ? receive_slot_size : slot_size; }
+  [[nodiscard]] std::uint32_t receive_slot_bytes() const {
+    return receive_slot_size != 0 ? receive_slot_size : slot_size;
+  }
 };
 
 class GuestNic {
@@ -47,8 +50,8 @@ class GuestNic {
   std::uint32_t reap();
   /// Posts up to `most` receive buffers and publishes them; returns how many.
   std::uint32_t post(std::uint32_t most = ~0u);
-  /// The next received packet, without its header, in `packet`. False when there is none. A chain that came back empty is counted and
-  /// skipped.
+  /// The next received packet, without its header, in `packet`. False when there is none. A chain that came back empty
+  /// is counted and skipped.
   bool take(std::vector<std::byte>& packet);
 
   GuestQueue receive, transmit;
@@ -56,8 +59,12 @@ class GuestNic {
   [[nodiscard]] std::uint32_t empty_returns() const { return empty_returns_; }
   /// Headers or lengths that no device may write: num_buffers wrong, offload fields set, longer than the buffer.
   [[nodiscard]] std::uint32_t protocol_errors() const { return protocol_errors_; }
-  [[nodiscard]] std::uint64_t receive_slot(std::uint32_t slot) const { return receive_slots_ + slot * shape_.receive_slot_bytes(); }
-  [[nodiscard]] std::uint64_t transmit_slot(std::uint32_t slot) const { return transmit_slots_ + slot * shape_.slot_size; }
+  [[nodiscard]] std::uint64_t receive_slot(std::uint32_t slot) const {
+    return receive_slots_ + slot * shape_.receive_slot_bytes();
+  }
+  [[nodiscard]] std::uint64_t transmit_slot(std::uint32_t slot) const {
+    return transmit_slots_ + slot * shape_.slot_size;
+  }
   [[nodiscard]] const NicShape& shape() const { return shape_; }
 
  private:

@@ -84,7 +84,8 @@ std::optional<std::uint16_t> GuestQueue::add_indirect(std::span<const Piece> pie
   }
   const std::uint16_t head = free_.back();
   free_.pop_back();
-  descriptors_[head] = {table, static_cast<std::uint32_t>(pieces.size() * sizeof(vring_desc)), VRING_DESC_F_INDIRECT, 0};
+  descriptors_[head] = {table, static_cast<std::uint32_t>(pieces.size() * sizeof(vring_desc)), VRING_DESC_F_INDIRECT,
+                        0};
   chain_length_[head] = 1;
   ++outstanding_;
   offer(head);

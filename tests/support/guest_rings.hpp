@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // GuestQueue: the driver's side of a split virtqueue (Virtio 1.2, section 2.7), for tests, soak and measurements.
 //
-// What a driver keeps in private memory (free descriptors, the next index on either side) is in the object, everything else in
-// memory that the device shares. The object can be copied and moved to a copy of that memory: a snapshot of a guest.
-// It checks what the device does to it: every chain comes back exactly once. Hostile drivers write the rings by hand.
-// Thread: one at a time.
+// What a driver keeps in private memory (free descriptors, the next index on either side) is in the object, everything
+// else in memory that the device shares. The object can be copied and moved to a copy of that memory: a snapshot of a
+// guest. It checks what the device does to it: every chain comes back exactly once. Hostile drivers write the rings by
+// hand. Thread: one at a time.
 #pragma once
 
 #define VIRTIO_RING_NO_LEGACY
@@ -66,8 +66,8 @@ class GuestQueue {
   /// Starts (or restarts, with nothing outstanding) both indices at `index`, to reach a wrap soon.
   void begin_at(std::uint16_t index);
 
-  /// Takes descriptors for a chain, links them and offers it; publish() makes it visible. The head, or nothing when descriptors
-  /// have run out.
+  /// Takes descriptors for a chain, links them and offers it; publish() makes it visible. The head, or nothing when
+  /// descriptors have run out.
   std::optional<std::uint16_t> add(std::span<const Piece> pieces);
   /// The same through an indirect table that is written at `table`.
   std::optional<std::uint16_t> add_indirect(std::span<const Piece> pieces, std::uint64_t table);

@@ -12,7 +12,8 @@ namespace tandem::test {
 /// Shortest packet: an Ethernet header and the number.
 inline constexpr std::uint32_t kShortestPacket = 18;
 
-/// Lengths of a flow: packet n has a length in [shortest, longest] that follows from n; all different for 2 * 97 packets.
+/// Lengths of a flow: packet n has a length in [shortest, longest] that follows from n; all different for 2 * 97
+/// packets.
 struct PacketFlow {
   std::uint32_t shortest = kShortestPacket;
   std::uint32_t longest = 150;

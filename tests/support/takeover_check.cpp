@@ -62,7 +62,8 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   verdict.miscounted += state.transmit.packets != flows.from_guest;
   verdict.miscounted += state.receive.packets != flows.from_uplink;
   verdict.miscounted += state.transmit.dropped != flows.bad_from_guest || state.receive.dropped != 0;
-  verdict.stopped += state.transmit.fault.load() != QueueFault::kNone || state.receive.fault.load() != QueueFault::kNone;
+  verdict.stopped +=
+      state.transmit.fault.load() != QueueFault::kNone || state.receive.fault.load() != QueueFault::kNone;
   return verdict;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What must hold after a takeover, checked from the outside: by the guest, the kernel, and the books of frames and descriptors.
+// What must hold after a takeover, checked from the outside: by the guest, the kernel, and the books of frames and
+// descriptors.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ struct Flows {
   void send(EngineWorld& world, std::uint32_t guest_packets, std::uint32_t uplink_packets);
 };
 
-/// Guest and kernel go on while nobody serves: the kernel sends and completes, the guest takes what it was given and posts again, and
-/// `more` packets arrive at either end.
+/// Guest and kernel go on while nobody serves: the kernel sends and completes, the guest takes what it was given and
+/// posts again, and `more` packets arrive at either end.
 void world_moves_on(EngineWorld& world, Flows& flows, std::uint32_t more);
 
 /// Lets `heir` take over, drains everything, sends some more each way, and judges.

@@ -68,7 +68,9 @@ void KernelXsk::store(const XskRing& ring, std::uint64_t field, std::uint32_t va
   std::atomic_ref<std::uint32_t>(word(ring.mmap_offset + field)).store(value, std::memory_order_release);
 }
 
-std::uint32_t KernelXsk::filled(const XskRing& ring) const { return load(ring, ring.producer) - load(ring, ring.consumer); }
+std::uint32_t KernelXsk::filled(const XskRing& ring) const {
+  return load(ring, ring.producer) - load(ring, ring.consumer);
+}
 
 xdp_desc& KernelXsk::rx_entry(std::uint32_t index) const { return entry<xdp_desc>(description_.rx, index); }
 

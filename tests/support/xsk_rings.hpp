@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // KernelXsk: the kernel's side of an AF_XDP socket over plain shared memory, for XskPort::over_memory().
 //
-// Plays what net/xdp does: sends from TX, completes, takes frames from fill, receives on RX; and accounts for every frame.
-// Thread: one at a time. Copyable, and movable to a copy of the memory: a snapshot of the kernel.
+// Plays what net/xdp does: sends from TX, completes, takes frames from fill, receives on RX; and accounts for every
+// frame. Thread: one at a time. Copyable, and movable to a copy of the memory: a snapshot of the kernel.
 #pragma once
 
 #include <linux/if_xdp.h>
@@ -43,11 +43,12 @@ class KernelXsk {
   /// Both areas are zero or whatever reset() finds.
   KernelXsk(const XskDescription& description, std::byte* rings, std::byte* frames);
   void rebase(std::byte* rings, std::byte* frames);
-  /// As the supervisor leaves a new socket: rings empty, every RX frame posted on fill. `index` is where all rings begin.
+  /// As the supervisor leaves a new socket: rings empty, every RX frame posted on fill. `index` is where all rings
+  /// begin.
   void reset(std::uint32_t index = 0);
 
-  /// Takes the next packet from TX; it is in flight until complete(). Nothing when TX is empty. A descriptor outside the TX frames
-  /// counts in bad_descriptors() and is skipped, as the kernel does.
+  /// Takes the next packet from TX; it is in flight until complete(). Nothing when TX is empty. A descriptor outside
+  /// the TX frames counts in bad_descriptors() and is skipped, as the kernel does.
   std::optional<std::span<const std::byte>> send();
   /// Completes up to `most` packets in flight; returns how many.
   std::uint32_t complete(std::uint32_t most = ~0u);
@@ -60,12 +61,14 @@ class KernelXsk {
   [[nodiscard]] std::uint32_t in_flight() const { return static_cast<std::uint32_t>(in_flight_.size()); }
   [[nodiscard]] std::uint32_t bad_descriptors() const { return bad_descriptors_; }
 
-  /// Where every frame is: RX frames on fill, on RX or in the kernel's hands; TX frames busy (`transmit_busy`, one bit each) exactly if
-  /// they are on TX, in flight, or on completion.
+  /// Where every frame is: RX frames on fill, on RX or in the kernel's hands; TX frames busy (`transmit_busy`, one bit
+  /// each) exactly if they are on TX, in flight, or on completion.
   [[nodiscard]] FrameAudit audit(std::span<const std::uint64_t> transmit_busy) const;
 
   // For damaged rings.
-  [[nodiscard]] std::uint32_t& word(std::uint64_t offset) const { return *reinterpret_cast<std::uint32_t*>(rings_ + offset); }
+  [[nodiscard]] std::uint32_t& word(std::uint64_t offset) const {
+    return *reinterpret_cast<std::uint32_t*>(rings_ + offset);
+  }
   [[nodiscard]] xdp_desc& rx_entry(std::uint32_t index) const;
   [[nodiscard]] const XskDescription& description() const { return description_; }
 

@@ -3,7 +3,6 @@
 #include "common/crc32c.hpp"
 
 #include <catch2/catch.hpp>
-
 #include <numeric>
 #include <string_view>
 #include <vector>

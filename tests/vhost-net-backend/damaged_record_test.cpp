@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A dead owner's record with damage in it: it is not replayed, or stops its queue; nothing is written where it does not belong.
-#include <catch2/catch.hpp>
-
+// A dead owner's record with damage in it: it is not replayed, or stops its queue; nothing is written where it does not
+// belong.
 #include <algorithm>
+#include <catch2/catch.hpp>
 #include <cstring>
 #include <functional>
 
@@ -150,29 +150,32 @@ std::vector<Lie> lies(bool receive) {
       {"queue pair that is not served", [](EngineWorld&, RedoRecord& r) { r.queue_pair = 5; }, false},
       {"another generation", [](EngineWorld&, RedoRecord& r) { r.generation = 77; }, false},
       {"avail before and after elsewhere", [](EngineWorld&, RedoRecord& r) { r.avail_before = r.avail_after = 999; }},
-      {"used before and after elsewhere", [](EngineWorld&, RedoRecord& r) {
+      {"used before and after elsewhere",
+       [](EngineWorld&, RedoRecord& r) {
          r.used_before = 1000;
          r.used_after = static_cast<std::uint16_t>(1000 + r.used_count);
        }},
       {"used count that does not fit", [](EngineWorld&, RedoRecord& r) { ++r.used_after; }},
-      {"producer elsewhere", [](EngineWorld&, RedoRecord& r) {
+      {"producer elsewhere",
+       [](EngineWorld&, RedoRecord& r) {
          r.producer_before += 500;
          r.producer_after += 500;
        }},
       {"producer that does not fit the frames", [](EngineWorld&, RedoRecord& r) { ++r.producer_after; }},
-      {"frame of the other kind", [receive](EngineWorld& w, RedoRecord& r) {
+      {"frame of the other kind",
+       [receive](EngineWorld& w, RedoRecord& r) {
          r.frames[0].address = receive ? w.kernels[0].description().umem_size - 512 : 0;
        }},
-      {"frame beyond the memory", [](EngineWorld& w, RedoRecord& r) {
-         r.frames[0].address = w.kernels[0].description().umem_size + 512;
-       }},
-      {"frame at the top of the address space", [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~std::uint64_t{511}; }},
-      {"cursor of the segment elsewhere", [receive](EngineWorld& w, RedoRecord&) {
+      {"frame beyond the memory",
+       [](EngineWorld& w, RedoRecord& r) { r.frames[0].address = w.kernels[0].description().umem_size + 512; }},
+      {"frame at the top of the address space",
+       [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~std::uint64_t{511}; }},
+      {"cursor of the segment elsewhere",
+       [receive](EngineWorld& w, RedoRecord&) {
          (receive ? w.state().receive : w.state().transmit).next_avail = 4242;
        }},
-      {"used cursor of the segment elsewhere", [receive](EngineWorld& w, RedoRecord&) {
-         (receive ? w.state().receive : w.state().transmit).next_used = 4242;
-       }},
+      {"used cursor of the segment elsewhere",
+       [receive](EngineWorld& w, RedoRecord&) { (receive ? w.state().receive : w.state().transmit).next_used = 4242; }},
   };
   if (receive)
     all.push_back({"consumer elsewhere", [](EngineWorld&, RedoRecord& r) {
@@ -180,7 +183,8 @@ std::vector<Lie> lies(bool receive) {
                      r.consumer_after += 70;
                    }});
   else
-    all.push_back({"frame that runs out of the memory", [](EngineWorld&, RedoRecord& r) { r.frames[0].length = 1u << 30; }});
+    all.push_back(
+        {"frame that runs out of the memory", [](EngineWorld&, RedoRecord& r) { r.frames[0].length = 1u << 30; }});
   return all;
 }
 

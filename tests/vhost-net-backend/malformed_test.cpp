@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Hostile drivers: every malformed chain is dropped and counted or stops its queue, comes back, and harms nothing else.
-#include <catch2/catch.hpp>
-
 #include <algorithm>
+#include <catch2/catch.hpp>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -17,7 +16,8 @@ namespace {
 constexpr std::uint16_t kNext = VRING_DESC_F_NEXT;
 constexpr std::uint16_t kIndirectFlag = VRING_DESC_F_INDIRECT;
 
-// What a row may use: descriptors 40 to 63, which the well-behaved half of the driver never reaches, and memory of its own.
+// What a row may use: descriptors 40 to 63, which the well-behaved half of the driver never reaches, and memory of its
+// own.
 struct Hostile {
   EngineWorld& world;
   GuestQueue& queue;
@@ -26,7 +26,8 @@ struct Hostile {
   std::uint64_t tables;  ///< 4 KiB for indirect tables, ends at the end of the first spare region
 
   [[nodiscard]] std::uint16_t direction() const { return receive ? VRING_DESC_F_WRITE : std::uint16_t{0}; }
-  void direct(std::uint32_t i, std::uint64_t address, std::uint32_t length, unsigned flags = 0, unsigned next = 0) const {
+  void direct(std::uint32_t i, std::uint64_t address, std::uint32_t length, unsigned flags = 0,
+              unsigned next = 0) const {
     queue.descriptor(i) = {address, length, static_cast<std::uint16_t>(flags ^ direction()),
                            static_cast<std::uint16_t>(next)};
   }
@@ -55,144 +56,256 @@ struct Row {
 const Row kRows[] = {
     {"head just beyond the ring", [](const Hostile&) { return std::uint16_t{64}; }},
     {"head 65535", [](const Hostile&) { return std::uint16_t{65535}; }},
-    {"next beyond the ring", [](const Hostile& h) { h.direct(40, h.memory, 8, kNext, 64); return std::uint16_t{40}; }},
-    {"loop of two", [](const Hostile& h) {
+    {"next beyond the ring",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 8, kNext, 64);
+       return std::uint16_t{40};
+     }},
+    {"loop of two",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 1, kNext, 41);
        h.direct(41, h.memory + 1, 1, kNext, 40);
        return std::uint16_t{40};
      }},
-    {"loop of one", [](const Hostile& h) { h.direct(40, h.memory, 1, kNext, 40); return std::uint16_t{40}; }},
-    {"zero length, alone", [](const Hostile& h) { h.direct(40, h.memory, 0); return std::uint16_t{40}; }},
-    {"zero length, in the middle", [](const Hostile& h) {
+    {"loop of one",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 1, kNext, 40);
+       return std::uint16_t{40};
+     }},
+    {"zero length, alone",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 0);
+       return std::uint16_t{40};
+     }},
+    {"zero length, in the middle",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 12, kNext, 41);
        h.direct(41, h.memory + 12, 0, kNext, 42);
        h.direct(42, h.memory + 12, 200);
        return std::uint16_t{40};
      }},
-    {"zero length, first", [](const Hostile& h) {
+    {"zero length, first",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 0, kNext, 41);
        h.direct(41, h.memory, 212);
        return std::uint16_t{40};
      }},
-    {"wrong direction", [](const Hostile& h) { h.direct(40, h.memory, 72, VRING_DESC_F_WRITE); return std::uint16_t{40}; }},
-    {"wrong direction after the header", [](const Hostile& h) {
+    {"wrong direction",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 72, VRING_DESC_F_WRITE);
+       return std::uint16_t{40};
+     }},
+    {"wrong direction after the header",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 12, kNext, 41);
        h.direct(41, h.memory + 12, 60, VRING_DESC_F_WRITE);
        return std::uint16_t{40};
      }},
-    {"indirect in indirect", [](const Hostile& h) {
+    {"indirect in indirect",
+     [](const Hostile& h) {
        h.indirect(h.tables, 32);
        h.entry(h.tables, 0, h.memory, 12, kNext, 1);
        h.entry(h.tables, 1, h.tables + 64, 16, kIndirectFlag);
        h.entry(h.tables + 64, 0, h.memory + 12, 60);
        return std::uint16_t{40};
      }},
-    {"indirect in indirect, itself", [](const Hostile& h) {
+    {"indirect in indirect, itself",
+     [](const Hostile& h) {
        h.indirect(h.tables, 16);
        h.entry(h.tables, 0, h.tables, 16, kIndirectFlag);
        return std::uint16_t{40};
      }},
-    {"indirect with next", [](const Hostile& h) {
+    {"indirect with next",
+     [](const Hostile& h) {
        h.indirect(h.tables, 16, kIndirectFlag | kNext, 41);
        h.entry(h.tables, 0, h.memory, 72);
        h.direct(41, h.memory, 72);
        return std::uint16_t{40};
      }},
-    {"indirect table of length 0", [](const Hostile& h) { h.indirect(h.tables, 0); return std::uint16_t{40}; }},
-    {"indirect table of length 15", [](const Hostile& h) { h.indirect(h.tables, 15); return std::uint16_t{40}; }},
-    {"indirect table of length 17", [](const Hostile& h) {
+    {"indirect table of length 0",
+     [](const Hostile& h) {
+       h.indirect(h.tables, 0);
+       return std::uint16_t{40};
+     }},
+    {"indirect table of length 15",
+     [](const Hostile& h) {
+       h.indirect(h.tables, 15);
+       return std::uint16_t{40};
+     }},
+    {"indirect table of length 17",
+     [](const Hostile& h) {
        h.indirect(h.tables, 17);
        h.entry(h.tables, 0, h.memory, 72);
        return std::uint16_t{40};
      }},
-    {"indirect table of 4 GiB", [](const Hostile& h) { h.indirect(h.tables, 0xfffffff0u); return std::uint16_t{40}; }},
-    {"indirect table at 0", [](const Hostile& h) { h.indirect(0, 16); return std::uint16_t{40}; }},
-    {"indirect table that wraps", [](const Hostile& h) { h.indirect(~std::uint64_t{0} - 15, 32); return std::uint16_t{40}; }},
-    {"indirect entry across the end of memory", [](const Hostile& h) {
+    {"indirect table of 4 GiB",
+     [](const Hostile& h) {
+       h.indirect(h.tables, 0xfffffff0u);
+       return std::uint16_t{40};
+     }},
+    {"indirect table at 0",
+     [](const Hostile& h) {
+       h.indirect(0, 16);
+       return std::uint16_t{40};
+     }},
+    {"indirect table that wraps",
+     [](const Hostile& h) {
+       h.indirect(~std::uint64_t{0} - 15, 32);
+       return std::uint16_t{40};
+     }},
+    {"indirect entry across the end of memory",
+     [](const Hostile& h) {
        h.indirect(h.world.spare_address(0) + 4096 - 8, 16);
        return std::uint16_t{40};
      }},
-    {"indirect next beyond its table", [](const Hostile& h) {
+    {"indirect next beyond its table",
+     [](const Hostile& h) {
        h.indirect(h.tables, 32);
        h.entry(h.tables, 0, h.memory, 12, kNext, 2);
        h.entry(h.tables, 2, h.memory + 12, 60);
        return std::uint16_t{40};
      }},
-    {"indirect loop in its table", [](const Hostile& h) {
+    {"indirect loop in its table",
+     [](const Hostile& h) {
        h.indirect(h.tables, 32);
        h.entry(h.tables, 0, h.memory, 1, kNext, 1);
        h.entry(h.tables, 1, h.memory, 1, kNext, 0);
        return std::uint16_t{40};
      }},
-    {"address 0", [](const Hostile& h) { h.direct(40, 0, 72); return std::uint16_t{40}; }},
-    {"address below memory", [](const Hostile& h) { h.direct(40, kGuestBase - 1, 72); return std::uint16_t{40}; }},
-    {"address in a hole", [](const Hostile& h) {
+    {"address 0",
+     [](const Hostile& h) {
+       h.direct(40, 0, 72);
+       return std::uint16_t{40};
+     }},
+    {"address below memory",
+     [](const Hostile& h) {
+       h.direct(40, kGuestBase - 1, 72);
+       return std::uint16_t{40};
+     }},
+    {"address in a hole",
+     [](const Hostile& h) {
        h.direct(40, h.world.spare_address(0) + 4096, 72);
        return std::uint16_t{40};
      }},
-    {"user address instead of a guest address", [](const Hostile& h) { h.direct(40, kUserBase, 72); return std::uint16_t{40}; }},
-    {"address that wraps", [](const Hostile& h) { h.direct(40, ~std::uint64_t{0} - 10, 72); return std::uint16_t{40}; }},
-    {"buffer that runs into a hole", [](const Hostile& h) {
+    {"user address instead of a guest address",
+     [](const Hostile& h) {
+       h.direct(40, kUserBase, 72);
+       return std::uint16_t{40};
+     }},
+    {"address that wraps",
+     [](const Hostile& h) {
+       h.direct(40, ~std::uint64_t{0} - 10, 72);
+       return std::uint16_t{40};
+     }},
+    {"buffer that runs into a hole",
+     [](const Hostile& h) {
        h.direct(40, h.world.spare_address(0) + 4096 - 20, 72);
        return std::uint16_t{40};
      }},
-    {"buffer that runs out of the last region", [](const Hostile& h) {
+    {"buffer that runs out of the last region",
+     [](const Hostile& h) {
        h.direct(40, h.world.spare_address(1) + 4096 - 13, 72);
        return std::uint16_t{40};
      }},
-    {"second piece outside memory", [](const Hostile& h) {
+    {"second piece outside memory",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 12, kNext, 41);
        h.direct(41, 0x1000, 60);
        return std::uint16_t{40};
      }},
-    {"header outside memory", [](const Hostile& h) {
+    {"header outside memory",
+     [](const Hostile& h) {
        h.direct(40, 0x1000, 12, kNext, 41);
        h.direct(41, h.memory, 60);
        return std::uint16_t{40};
      }},
-    {"header cut short", [](const Hostile& h) { h.direct(40, h.memory, 11); return std::uint16_t{40}; }},
-    {"one byte", [](const Hostile& h) { h.direct(40, h.memory, 1); return std::uint16_t{40}; }},
-    {"header and nothing more", [](const Hostile& h) { h.direct(40, h.memory, 12); return std::uint16_t{40}; }},
-    {"runt", [](const Hostile& h) { h.direct(40, h.memory, 12 + 13); return std::uint16_t{40}; }},
-    {"longest packet and one", [](const Hostile& h) { h.direct(40, h.memory, 12 + 256 + 1); return std::uint16_t{40}; },
+    {"header cut short",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 11);
+       return std::uint16_t{40};
+     }},
+    {"one byte",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 1);
+       return std::uint16_t{40};
+     }},
+    {"header and nothing more",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 12);
+       return std::uint16_t{40};
+     }},
+    {"runt",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 12 + 13);
+       return std::uint16_t{40};
+     }},
+    {"longest packet and one",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 12 + 256 + 1);
+       return std::uint16_t{40};
+     },
      Fate::kDropped, Fate::kDelivered},
-    {"length of 4 GiB - 1", [](const Hostile& h) { h.direct(40, h.memory, 0xffffffffu); return std::uint16_t{40}; },
+    {"length of 4 GiB - 1",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 0xffffffffu);
+       return std::uint16_t{40};
+     },
      Fate::kDropped, Fate::kDelivered},
     // The near side of each edge.
-    {"longest packet", [](const Hostile& h) { h.direct(40, h.memory, 12 + 256); return std::uint16_t{40}; },
+    {"longest packet",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 12 + 256);
+       return std::uint16_t{40};
+     },
      Fate::kDelivered, Fate::kDelivered},
-    {"shortest packet", [](const Hostile& h) { h.direct(40, h.memory, 12 + 14); return std::uint16_t{40}; },
+    {"shortest packet",
+     [](const Hostile& h) {
+       h.direct(40, h.memory, 12 + 14);
+       return std::uint16_t{40};
+     },
      Fate::kDelivered, Fate::kDropped},
-    {"header in twelve pieces", [](const Hostile& h) {
+    {"header in twelve pieces",
+     [](const Hostile& h) {
        for (std::uint32_t i = 0; i < 12; ++i) h.direct(40 + i, h.memory + i, 1, kNext, 41 + i);
        h.direct(52, h.memory + 12, 60);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
-    {"buffer across two adjacent regions", [](const Hostile& h) {
+     },
+     Fate::kDelivered, Fate::kDelivered},
+    {"buffer across two adjacent regions",
+     [](const Hostile& h) {
        h.direct(40, h.world.spare_address(0) - 20, 72);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
-    {"indirect after direct", [](const Hostile& h) {
+     },
+     Fate::kDelivered, Fate::kDelivered},
+    {"indirect after direct",
+     [](const Hostile& h) {
        h.direct(40, h.memory, 12, kNext, 41);
        h.queue.descriptor(41) = {h.tables, 16, kIndirectFlag, 0};
        h.entry(h.tables, 0, h.memory + 12, 60);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
-    {"indirect marked writable, which is to be ignored", [](const Hostile& h) {
+     },
+     Fate::kDelivered, Fate::kDelivered},
+    {"indirect marked writable, which is to be ignored",
+     [](const Hostile& h) {
        h.indirect(h.tables, 16, kIndirectFlag | VRING_DESC_F_WRITE);
        h.entry(h.tables, 0, h.memory, 72);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
-    {"indirect table not aligned", [](const Hostile& h) {
+     },
+     Fate::kDelivered, Fate::kDelivered},
+    {"indirect table not aligned",
+     [](const Hostile& h) {
        h.indirect(h.tables + 3, 16);
        h.entry(h.tables + 3, 0, h.memory, 72);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
-    {"indirect chain longer than the ring", [](const Hostile& h) {
+     },
+     Fate::kDelivered, Fate::kDelivered},
+    {"indirect chain longer than the ring",
+     [](const Hostile& h) {
        h.indirect(h.tables, 72 * 16);
        for (std::uint32_t i = 0; i < 72; ++i) h.entry(h.tables, i, h.memory + i, 1, i < 71 ? kNext : 0, i + 1);
        return std::uint16_t{40};
-     }, Fate::kDelivered, Fate::kDelivered},
+     },
+     Fate::kDelivered, Fate::kDelivered},
 };
 
 WorldShape hostile_world(std::uint64_t features) {
@@ -294,8 +407,12 @@ void run_receive(const Row& row, std::uint64_t features, Fate fate) {
   CHECK(queue.outstanding() == 0);
   const std::uint64_t boundary = bench.world.spare_address(0);
   CHECK(strays(bench, before,
-               {used_ring(queue), {bench.nic().receive_slot(0), 1024}, {memory, 1024}, {boundary - 20, 72},
-                {boundary + 4096 - 20, 20}, {bench.world.spare_address(1) + 4096 - 13, 13}}) == 0);
+               {used_ring(queue),
+                {bench.nic().receive_slot(0), 1024},
+                {memory, 1024},
+                {boundary - 20, 72},
+                {boundary + 4096 - 20, 20},
+                {bench.world.spare_address(1) + 4096 - 13, 13}}) == 0);
   if (fate == Fate::kDelivered && std::string(row.name).find("across") == std::string::npos) {
     // Not a byte beyond the packet, though the buffer went on.
     const std::byte* tail = bench.world.space.at(memory) + 72;
@@ -316,8 +433,7 @@ TEST_CASE("malformed chains on a receive queue") {
 }
 
 TEST_CASE("indirect descriptors that were not negotiated are refused") {
-  const Row row{"indirect, well formed",
-                [](const Hostile& h) {
+  const Row row{"indirect, well formed", [](const Hostile& h) {
                   h.indirect(h.tables, 16);
                   h.entry(h.tables, 0, h.memory, 72);
                   return std::uint16_t{40};

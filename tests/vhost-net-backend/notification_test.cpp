@@ -82,7 +82,8 @@ TEST_CASE("kicks: not wanted while the owner polls, wanted before it sleeps") {
     Ledger out(kFlow), in(kFlow);
     send_from_guest(bench.world, kFlow, 0, 3);
     if (event_index) {
-      // The event index still names the entry that the driver has just passed: this one kick is allowed, the next are not.
+      // The event index still names the entry that the driver has just passed: this one kick is allowed, the next are
+      // not.
       bench.nic().transmit.kick_wanted();
       drain(bench.world, bench.owner, out, in);
       send_from_guest(bench.world, kFlow, 3, 3);

@@ -55,9 +55,18 @@ bool resume(pid_t child) {
 }
 
 const char* name(ProbePoint point) {
-  static constexpr const char* kNames[] = {"staged",          "armed",           "frames marked",    "destination written",
-                                           "destination published", "source written", "source published", "cursors advanced",
-                                           "disarmed",        "notified",        "completion cleared", "takeover: epoch",
+  static constexpr const char* kNames[] = {"staged",
+                                           "armed",
+                                           "frames marked",
+                                           "destination written",
+                                           "destination published",
+                                           "source written",
+                                           "source published",
+                                           "cursors advanced",
+                                           "disarmed",
+                                           "notified",
+                                           "completion cleared",
+                                           "takeover: epoch",
                                            "takeover: replayed"};
   static_assert(std::size(kNames) == static_cast<std::size_t>(ProbePoint::kCount));
   return kNames[static_cast<int>(point)];

@@ -13,7 +13,8 @@ namespace tandem::test {
 /// SIGKILL at the `visit`-th time (from 1) that this process comes to `point` from now on.
 void die_at(ProbePoint point, int visit);
 
-/// Forks a child that runs `act` and leaves. True if SIGKILL ended it, false if it came to its end; anything else aborts.
+/// Forks a child that runs `act` and leaves. True if SIGKILL ended it, false if it came to its end; anything else
+/// aborts.
 bool killed(const std::function<void()>& act);
 
 /// For a child in killed(): stops itself until its parent says resume(); and the parent's two halves.

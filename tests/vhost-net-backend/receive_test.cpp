@@ -169,7 +169,8 @@ TEST_CASE("receive: an uplink ring that is full drops outside, and what was in i
   check_rest(bench);
 }
 
-TEST_CASE("receive: descriptors of a damaged RX ring are dropped and counted, frames come back where they can be told") {
+TEST_CASE(
+    "receive: descriptors of a damaged RX ring are dropped and counted, frames come back where they can be told") {
   Bench bench(small_world());
   bench.nic().post();
   REQUIRE(send_from_uplink(bench.world, kFlow, 0, 4) == 4);

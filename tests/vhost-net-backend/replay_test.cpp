@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // An owner, and then its heir too, dies by SIGKILL at every probe point; whoever comes next finishes exactly once.
 #include <catch2/catch.hpp>
-
 #include <set>
 #include <string>
 
