@@ -149,6 +149,10 @@ Status Supervisor::clean_up_predecessor() {
     }
   }
   static_cast<void>(vault_->del_prefix("device/"));
+  // Nobody answers there any more. NICs that are provided again get theirs anew.
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(config_.nic_socket_dir(), ignored))
+    if (entry.is_socket(ignored)) std::filesystem::remove(entry.path(), ignored);
   auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink");
   if (!removed) return within("remove uplinks of a dead tandemd", std::move(removed.error()));
   for (const std::string& what : *removed) spdlog::warn("removed {} of a dead tandemd", what);
