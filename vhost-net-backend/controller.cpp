@@ -197,7 +197,15 @@ Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueF
   std::vector<std::string> problems;
   auto device = Device::make(description, std::move(fds), newest_[description.device].get(), problems);
   for (const std::string& text : problems) problem(description.device, text);
-  if (!device) return within("describe", std::move(device.error()));
+  if (!device) {
+    // The front end's memory cannot be had (too large for us, or cut off by now). Its device stands still, but the generation takes
+    // force: whoever waits for it must not take us for hung.
+    problem(description.device, device.error().text + "; the device stands still");
+    description.region_count = 0;
+    for (VringDescription& vring : description.vrings) vring.flags = 0;
+    device = Device::make(description, {}, nullptr, problems);
+    if (!device) return within("describe", std::move(device.error()));
+  }
   newest_[description.device] = *device;
   for (auto& shard : shards_) shard->post(DescribeCommand{*device});
   return {};

@@ -11,6 +11,7 @@
 // processes and devices are removed, and its guests reconnect to NICs that a next start of their domain provides.
 #include <csignal>
 #include <cstring>
+#include <filesystem>
 #include <spdlog/spdlog.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -119,6 +120,10 @@ Status Supervisor::clean_up(std::vector<VaultItem>& items) {
     if (item.key.starts_with("nic/")) static_cast<void>(vault_->unlisten(after_slash(item.key)));
   }
   static_cast<void>(vault_->del_prefix(""));
+  // Nobody answers there any more.
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(config_.nic_socket_dir(), ignored))
+    if (entry.is_socket(ignored)) std::filesystem::remove(entry.path(), ignored);
   auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink");
   if (!removed) return within("remove uplinks of a dead tandemd", std::move(removed.error()));
   for (const std::string& what : *removed) spdlog::warn("removed {} of a dead tandemd", what);

@@ -363,6 +363,7 @@ Status Uplink::check() {
   const auto bridge = rtnetlink_.find(above_.ifindex);
   if (!bridge) return tl::make_unexpected(bridge.error());
   if (!*bridge) return gone("the bridge was removed", "create it again, " + restart);
+  if (!(*bridge)->up) return gone("the bridge was set down", "ip link set " + config_.name + " up");
   const auto port = rtnetlink_.find(port_.ifindex);
   if (!port) return tl::make_unexpected(port.error());
   if (!*port) return gone("its port " + port_.name + " left this network namespace", restart);

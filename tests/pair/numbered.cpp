@@ -37,13 +37,6 @@ std::uint8_t pattern(std::uint16_t flow, std::uint32_t number, std::size_t at) {
   return static_cast<std::uint8_t>(number * 31 + flow * 7 + at);
 }
 
-bool is_ours(const Frame& frame) {
-  std::uint32_t magic = 0;
-  if (frame.size() < kPayloadAt + 12 || frame[12] != 8 || frame[13] != 0) return false;
-  std::memcpy(&magic, frame.data() + kPayloadAt, sizeof magic);
-  return magic == kMagic;
-}
-
 }  // namespace
 
 Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number, std::size_t size) {
@@ -67,6 +60,21 @@ Frame numbered_frame(const std::string& to, const std::string& from, std::uint16
   std::memcpy(frame.data() + kPayloadAt + 8, &length, 4);
   for (std::size_t at = kPayloadAt + 12; at < frame.size(); ++at) frame[at] = pattern(flow, number, at);
   return frame;
+}
+
+std::optional<Numbered> parse_numbered(const Frame& frame) {
+  std::uint32_t magic = 0, length = 0;
+  if (frame.size() < kPayloadAt + 12 || frame[12] != 8 || frame[13] != 0) return {};
+  std::memcpy(&magic, frame.data() + kPayloadAt, sizeof magic);
+  if (magic != kMagic) return {};
+  Numbered found;
+  found.flow = static_cast<std::uint16_t>((frame[36] << 8 | frame[37]) - kFirstPort);
+  std::memcpy(&found.number, frame.data() + kPayloadAt + 4, 4);
+  std::memcpy(&length, frame.data() + kPayloadAt + 8, 4);
+  found.intact = length == frame.size();
+  for (std::size_t at = kPayloadAt + 12; found.intact && at < frame.size(); ++at)
+    found.intact = frame[at] == pattern(found.flow, found.number, at);
+  return found;
 }
 
 void FlowAccount::note(std::uint32_t number, bool intact) {
@@ -171,15 +179,9 @@ void Traffic::account(const Frame& frame, std::map<std::uint16_t, FlowAccount>& 
   std::uint8_t mac[6];
   put_mac(mac, to);
   // The bridge floods what it has not learned: not ours.
-  if (!is_ours(frame) || std::memcmp(frame.data(), mac, 6) != 0) return;
-  const auto flow = static_cast<std::uint16_t>((frame[36] << 8 | frame[37]) - kFirstPort);
-  if (flow >= kUncountedFlow) return;
-  std::uint32_t number = 0, length = 0;
-  std::memcpy(&number, frame.data() + kPayloadAt + 4, 4);
-  std::memcpy(&length, frame.data() + kPayloadAt + 8, 4);
-  bool intact = length == frame.size();
-  for (std::size_t at = kPayloadAt + 12; intact && at < frame.size(); ++at) intact = frame[at] == pattern(flow, number, at);
-  flows[flow].note(number, intact);
+  const auto found = parse_numbered(frame);
+  if (!found || std::memcmp(frame.data(), mac, 6) != 0 || found->flow >= kUncountedFlow) return;
+  flows[found->flow].note(found->number, found->intact);
 }
 
 std::size_t Traffic::take() {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <ostream>
 #include <span>
 #include <string>
@@ -22,6 +23,14 @@ inline constexpr std::uint16_t kUncountedFlow = 500;
 
 /// A UDP frame with flow (as ports), number and a pattern made from both.
 Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number, std::size_t size);
+
+struct Numbered {
+  std::uint16_t flow = 0;
+  std::uint32_t number = 0;
+  bool intact = false;  ///< length and pattern are what they were
+};
+/// Of a frame that numbered_frame() made, whatever became of it since; nothing for others'.
+std::optional<Numbered> parse_numbered(const Frame& frame);
 
 /// What arrived of one flow, compared with what was sent.
 class FlowAccount {

@@ -3,9 +3,12 @@
 #include "tests/pair/probe.hpp"
 
 #include <fcntl.h>
+#include <linux/bpf.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <csignal>
 #include <cstdlib>
 
@@ -23,6 +26,23 @@ ProbeControl* open_control() {
   return mapped == MAP_FAILED ? nullptr : static_cast<ProbeControl*>(mapped);
 }
 
+// What the system call filter must refuse.
+void try_forbidden(ProbeControl& results) {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(0);
+  results.fork_error = child < 0 ? errno : 0;
+  char program[] = "/bin/true";
+  char* const arguments[] = {program, nullptr};
+  ::execv(program, arguments);
+  results.exec_error = errno;
+  bpf_attr attributes{};
+  attributes.map_type = BPF_MAP_TYPE_ARRAY;
+  attributes.key_size = attributes.value_size = 4;
+  attributes.max_entries = 1;
+  results.bpf_error = ::syscall(SYS_bpf, BPF_MAP_CREATE, &attributes, sizeof attributes) < 0 ? errno : 0;
+  results.attempt.store(2, std::memory_order_release);
+}
+
 ProbeControl* const control = open_control();
 
 }  // namespace
@@ -31,6 +51,8 @@ extern "C" void tandem_probe(tandem::ProbePoint point) noexcept {
   if (control == nullptr) return;
   const auto number = static_cast<std::uint32_t>(point);
   control->passes[number].fetch_add(1, std::memory_order_relaxed);
+  std::uint32_t asked = 1;
+  if (control->attempt.compare_exchange_strong(asked, 3)) try_forbidden(*control);
   if (control->armed.load(std::memory_order_acquire) != number + 1) return;
   if (control->countdown.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   control->countdown.store(1, std::memory_order_relaxed);

@@ -190,7 +190,7 @@ ShardStepper::ShardStepper(Segment& segment, const FenceView& fence, std::uint32
   config.segment = &segment;
   config.fence = &fence;
   config.tsc_hz = 1'000'000'000;
-  shard_ = must(Shard::make(config, WakeRing{}));
+  shard_ = must(Shard::make(config, WakeRing{}, DeadManSwitch{}));
 }
 
 void ShardStepper::run_commands() { ShardSteps::run_commands(*shard_); }
@@ -198,14 +198,14 @@ void ShardStepper::run_commands() { ShardSteps::run_commands(*shard_); }
 void ShardStepper::hold(std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices) {
   post(AttachCommand{std::move(ports)});
   for (auto& device : devices) post(DescribeCommand{std::move(device)});
-  post(ArmCommand{tag_});
+  post(ArmCommand{tag_, nullptr});
   run_commands();
 }
 
 bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_); }
 bool ShardStepper::poll_once() { return ShardSteps::poll_once(*shard_); }
 void ShardStepper::sleep() {
-  shard_->post(ArmCommand{tag_});  // the mailbox wakes it at once
+  shard_->post(ArmCommand{tag_, nullptr});  // the mailbox wakes it at once
   ShardSteps::sleep(*shard_);
   run_commands();
 }

@@ -298,13 +298,13 @@ class RunningShard {
     if (::ftruncate(ring.get(), 8192) != 0) std::abort();
     auto wake = WakeRing::open(std::move(ring));
     if (!wake) std::abort();
-    auto made = Shard::make(config, std::move(*wake));
+    auto made = Shard::make(config, std::move(*wake), DeadManSwitch{});
     if (!made) std::abort();
     shard_ = std::move(*made);
     thread_ = std::thread([this] { shard_->run(); });
     shard_->post(AttachCommand{world.make_ports()});
     shard_->post(DescribeCommand{world.make_device(world.describe(1))});
-    shard_->post(ArmCommand{tag});
+    shard_->post(ArmCommand{tag, nullptr});
   }
   ~RunningShard() { stop(); }
   void stop() {
@@ -312,7 +312,7 @@ class RunningShard {
     shard_->post(StopCommand{});
     thread_.join();
   }
-  void wake() { shard_->post(ArmCommand{tag_}); }
+  void wake() { shard_->post(ArmCommand{tag_, nullptr}); }
   // Waits until the shard has said `Event`; false after ten seconds.
   template <class Event>
   bool heard() {
