@@ -645,14 +645,17 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
 }
 
 bool Pair::kill_if_hung(const std::string& why) {
-  const Member* owner = this->owner();
-  if (owner == nullptr) return false;
+  // Without an owner it is for its heir to take over and let go.
+  const auto armed = std::find_if(members_.begin(), members_.end(),
+                                  [](const Member& member) { return member.stage == Member::Stage::kArmed; });
+  const Member* member = owner() != nullptr ? owner() : armed != members_.end() ? &*armed : nullptr;
+  if (member == nullptr) return false;
   // Runnable threads are starved, not hung; one in D is on its way through the kernel.
-  for (const pid_t tid : owner->threads)
-    if (const char state = thread_state(owner->pid(), tid); state == 'R' || state == 'D') return false;
-  if (const char state = thread_state(owner->pid(), owner->pid()); state == 'R' || state == 'D') return false;
-  spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, owner->pid(), why);
-  owner->kill();
+  for (const pid_t tid : member->threads)
+    if (const char state = thread_state(member->pid(), tid); state == 'R' || state == 'D') return false;
+  if (const char state = thread_state(member->pid(), member->pid()); state == 'R' || state == 'D') return false;
+  spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, member->pid(), why);
+  member->kill();
   return true;
 }
 

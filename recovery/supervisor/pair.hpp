@@ -113,7 +113,7 @@ class Pair {
   /// Generation in force for every queue pair of the device: the smallest of them.
   [[nodiscard]] std::uint64_t in_force(std::uint32_t device) const;
   /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills it then.
-  /// Returns true if it was killed.
+  /// An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
   Status drill(DrillFault fault);
   /// How long an owner may stand still before its heir ends it; 0: not watched.

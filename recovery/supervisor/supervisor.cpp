@@ -110,6 +110,7 @@ void Supervisor::shut_down() {
     std::error_code ignored;
     std::filesystem::remove(config_.run_dir + "/tandemd.lock", ignored);
     std::filesystem::remove(config_.nic_socket_dir(), ignored);
+    std::filesystem::remove_all(config_.dpdk_dir(), ignored);
     spdlog::info("tandemd ends; nothing is left behind");
   } else {
     for (auto& [mac, nic] : nics_)
@@ -329,7 +330,8 @@ void Supervisor::on_detached(Pair& pair, std::uint32_t device) {
   if (const Nic* nic = find_nic(pair, device); nic != nullptr) finish_release(nic->option.mac);
 }
 
-void Supervisor::finish_release(const std::string& mac) {
+// By value: what names the NIC goes with it.
+void Supervisor::finish_release(std::string mac) {
   const auto found = nics_.find(mac);
   if (found == nics_.end()) return;
   Nic nic = std::move(found->second);

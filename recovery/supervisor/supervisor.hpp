@@ -94,7 +94,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void watch_uplink(Nic& nic);
   void set_hang_limits(Pair& pair);
   void release(const std::string& mac, std::function<void()> done);
-  void finish_release(const std::string& mac);
+  void finish_release(std::string mac);
   void stop_pair_if_unused(const std::string& name);
   void on_pair_empty(const std::string& name);
   Nic* find_nic(const Pair& pair, std::uint32_t device);

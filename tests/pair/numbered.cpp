@@ -173,6 +173,7 @@ void Traffic::account(const Frame& frame, std::map<std::uint16_t, FlowAccount>& 
   // The bridge floods what it has not learned: not ours.
   if (!is_ours(frame) || std::memcmp(frame.data(), mac, 6) != 0) return;
   const auto flow = static_cast<std::uint16_t>((frame[36] << 8 | frame[37]) - kFirstPort);
+  if (flow >= kUncountedFlow) return;
   std::uint32_t number = 0, length = 0;
   std::memcpy(&number, frame.data() + kPayloadAt + 4, 4);
   std::memcpy(&length, frame.data() + kPayloadAt + 8, 4);

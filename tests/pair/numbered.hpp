@@ -17,6 +17,9 @@
 
 namespace tandem::test {
 
+/// Flows from here on are noise that Traffic does not count.
+inline constexpr std::uint16_t kUncountedFlow = 500;
+
 /// A UDP frame with flow (as ports), number and a pattern made from both.
 Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number, std::size_t size);
 

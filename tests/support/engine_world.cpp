@@ -88,7 +88,12 @@ EngineWorld::EngineWorld(const WorldShape& shape) : shape_(shape), xsk_(describe
     for (int i = 0; i < 2; ++i) call_fds_.emplace_back(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   }
   parts_.emplace_back(area_.data(), segment_at_);
-  parts_.emplace_back(area_.data() + segment_at_, offsetof(Segment, shards) + shape.shards * sizeof(ShardState));
+  parts_.emplace_back(area_.data() + segment_at_, offsetof(Segment, shards));
+  for (std::uint32_t n = 0; n < shape.shards; ++n) {
+    ShardState& shard = shared.shards[n];
+    parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.owner), sizeof shard.owner);
+    parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.record), sizeof shard.record);
+  }
   parts_.emplace_back(reinterpret_cast<std::byte*>(&state()), shape.queue_pairs * sizeof(QueuePairState));
   for (std::uint32_t n = 0; n < shape.queue_pairs; ++n)
     parts_.emplace_back(rings(n), xsk_ring_bytes(xsk_) + xsk_.umem_size);

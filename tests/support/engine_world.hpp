@@ -82,7 +82,8 @@ class EngineWorld {
   std::uint64_t calls(std::uint32_t vring) const;
   [[nodiscard]] int memory_fd() const { return memory_.get(); }
 
-  /// The parts of the area that ever change, in one order for all worlds of a shape: a snapshot is their concatenation.
+  /// The parts of the area on which anything depends, in one order for all worlds of a shape: a snapshot is their concatenation.
+  /// Without heartbeats and timelines, which only tell what happened when.
   [[nodiscard]] const std::vector<std::span<std::byte>>& parts() const { return parts_; }
   /// Takes over all shared bytes and what guest and kernel remember.
   void copy_from(const EngineWorld& other);

@@ -21,8 +21,10 @@ bool NicShape::mergeable() const { return has(kMergeable); }
 
 std::uint64_t GuestNic::bytes(const NicShape& shape) {
   const bool tables = shape.transmit == ChainStyle::kIndirect || shape.receive == ChainStyle::kIndirect;
-  return 2 * (RingPlace::bytes(shape.queue_size) +
-              std::uint64_t{shape.queue_size} * (shape.slot_size + (tables ? kTableBytes : 0)));
+  return 2 * RingPlace::bytes(shape.queue_size) +
+         std::uint64_t{shape.queue_size} *
+             (shape.slot_size + shape.receive_slot_bytes() + (tables ? 2 * kTableBytes : 0)) +
+         16;
 }
 
 GuestNic::GuestNic(const GuestSpace& space, std::uint64_t address, const NicShape& shape)
@@ -31,10 +33,9 @@ GuestNic::GuestNic(const GuestSpace& space, std::uint64_t address, const NicShap
       shape_(shape),
       space_(&space) {
   if (shape.cuts.size() > 7) std::abort();
-  const std::uint64_t slots = std::uint64_t{shape.queue_size} * shape.slot_size;
   receive_slots_ = address + 2 * RingPlace::bytes(shape.queue_size);
-  transmit_slots_ = receive_slots_ + slots;
-  receive_tables_ = transmit_slots_ + slots;
+  transmit_slots_ = receive_slots_ + std::uint64_t{shape.queue_size} * shape.receive_slot_bytes();
+  receive_tables_ = (transmit_slots_ + std::uint64_t{shape.queue_size} * shape.slot_size + 15) / 16 * 16;
   transmit_tables_ = receive_tables_ + std::uint64_t{shape.queue_size} * kTableBytes;
   slot_of_.assign(shape.queue_size, 0);
   receive.begin_at(shape.first_index);
@@ -90,7 +91,7 @@ std::uint32_t GuestNic::post(std::uint32_t most) {
   std::uint32_t count = 0;
   for (; count < most && receive.outstanding() < shape_.queue_size; ++count) {
     const std::uint32_t index = posted_ % shape_.queue_size;
-    const auto head = add(receive, receive_slot(index), shape_.slot_size, true, shape_.receive,
+    const auto head = add(receive, receive_slot(index), shape_.receive_slot_bytes(), true, shape_.receive,
                           receive_tables_ + index * kTableBytes);
     if (!head) break;
     slot_of_[*head] = index;
@@ -116,7 +117,7 @@ bool GuestNic::take(std::vector<std::byte>& packet) {
     }
     const std::uint64_t slot = receive_slot(slot_of_[used->id]);
     const std::byte* bytes = space_->at(slot);
-    if (used->length < header || used->length > shape_.slot_size ||
+    if (used->length < header || used->length > shape_.receive_slot_bytes() ||
         std::any_of(bytes, bytes + 10, [](std::byte byte) { return byte != std::byte{0}; })) {
       ++protocol_errors_;
       continue;
@@ -128,7 +129,7 @@ bool GuestNic::take(std::vector<std::byte>& packet) {
     for (std::uint16_t i = 1; i < buffers; ++i) {
       // All buffers of a packet are published by one store of used.idx.
       const auto more = receive.take_used();
-      if (!more || !more->expected || more->length == 0 || more->length > shape_.slot_size) {
+      if (!more || !more->expected || more->length == 0 || more->length > shape_.receive_slot_bytes()) {
         ++protocol_errors_;
         return true;
       }

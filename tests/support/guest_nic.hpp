@@ -19,6 +19,7 @@ enum class ChainStyle { kDirect, kChained, kIndirect };
 struct NicShape {
   std::uint32_t queue_size = 64;
   std::uint32_t slot_size = 256;  ///< bytes of each buffer, virtio header included
+  std::uint32_t receive_slot_size = 0;  ///< of each receive buffer, if it differs
   std::uint64_t features = 0;     ///< virtio feature bits, as negotiated
   ChainStyle transmit = ChainStyle::kDirect;
   ChainStyle receive = ChainStyle::kDirect;
@@ -30,6 +31,7 @@ struct NicShape {
   /// Virtio 1.2, 5.1.6: 12 bytes with VERSION_1 or MRG_RXBUF, else 10.
   [[nodiscard]] std::uint32_t header_size() const;
   [[nodiscard]] bool mergeable() const;
+  [[nodiscard]] std::uint32_t receive_slot_bytes() const { return receive_slot_size != 0 ? receive_slot_size : slot_size; }
 };
 
 class GuestNic {
@@ -54,7 +56,7 @@ class GuestNic {
   [[nodiscard]] std::uint32_t empty_returns() const { return empty_returns_; }
   /// Headers or lengths that no device may write: num_buffers wrong, offload fields set, longer than the buffer.
   [[nodiscard]] std::uint32_t protocol_errors() const { return protocol_errors_; }
-  [[nodiscard]] std::uint64_t receive_slot(std::uint32_t slot) const { return receive_slots_ + slot * shape_.slot_size; }
+  [[nodiscard]] std::uint64_t receive_slot(std::uint32_t slot) const { return receive_slots_ + slot * shape_.receive_slot_bytes(); }
   [[nodiscard]] std::uint64_t transmit_slot(std::uint32_t slot) const { return transmit_slots_ + slot * shape_.slot_size; }
   [[nodiscard]] const NicShape& shape() const { return shape_; }
 

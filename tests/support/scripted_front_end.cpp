@@ -157,6 +157,15 @@ bool ScriptedFrontEnd::wait_closed() {
   return false;
 }
 
+void ScriptedFrontEnd::settle_or_closed() {
+  if (!send_raw(make_vhost_user_message(R::kGetFeatures, 0, {}))) return;
+  VhostUserHeader header;
+  while (read_exactly(&header, sizeof header)) {
+    std::vector<std::byte> payload(std::min(header.size, kMaxVhostUserPayload));
+    if (!read_exactly(payload.data(), payload.size()) || header.request == static_cast<std::uint32_t>(R::kGetFeatures)) return;
+  }
+}
+
 void ScriptedFrontEnd::negotiate() {
   for (std::uint32_t pair = 0; pair < options_.queue_pairs; ++pair) {
     ask(R::kGetFeatures);
@@ -184,6 +193,27 @@ void ScriptedFrontEnd::send_mem_table(bool need_reply) {
   table.regions[1] = {kBuffersGuest, mapping_.size() - rings_size_, kUser + rings_size_, rings_size_};
   const int fds[] = {memory_.get(), memory_.get()};
   send_body(R::kSetMemTable, table, fds, need_reply);
+}
+
+void ScriptedFrontEnd::send_rings_only_table() {
+  struct {
+    VhostUserMemoryHeader header{1, 0};
+    VhostUserMemoryRegion region;
+  } table;
+  table.region = {0, rings_size_, kUser, 0};
+  const int fds[] = {memory_.get()};
+  send_body(R::kSetMemTable, table, fds, true);
+}
+
+void ScriptedFrontEnd::reset_rings() {
+  std::memset(mapping_.data(), 0, rings_size_);
+  for (std::uint32_t vring = 0; vring < queues_.size(); ++vring) {
+    queues_[vring].avail_index = queues_[vring].last_used = 0;
+    if (vring % 2 == 0) continue;
+    auto& slots = free_slots_[vring / 2];
+    slots.clear();
+    for (std::uint32_t slot = 0; slot < options_.ring_size / 2; ++slot) slots.push_back(static_cast<std::uint16_t>(slot));
+  }
 }
 
 void ScriptedFrontEnd::send_vring(std::uint32_t vring, std::uint32_t base) {

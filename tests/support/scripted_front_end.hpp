@@ -93,7 +93,11 @@ class ScriptedFrontEnd {
   std::uint32_t get_base(std::uint32_t vring);
   /// A round trip: everything sent before has been applied.
   void settle() { ask(VhostUserRequest::kGetFeatures); }
+  /// The same with one that may close the connection instead; answers of messages before are skipped.
+  void settle_or_closed();
   void send_mem_table(bool need_reply = false);
+  /// The same without the buffers' region; with NEED_REPLY.
+  void send_rings_only_table();
   void send_vring(std::uint32_t vring, std::uint32_t base = 0);
   /// Whether the other end closes the connection within the failsafe.
   bool wait_closed();
@@ -109,6 +113,9 @@ class ScriptedFrontEnd {
   /// Frames given to the device and not yet returned.
   [[nodiscard]] std::uint32_t in_flight(std::uint32_t pair);
   void post_receive_buffers(std::uint32_t pair);
+
+  /// After stop(): everything as in a driver that begins anew.
+  void reset_rings();
 
   DriverQueue& queue(std::uint32_t vring) { return queues_[vring]; }
   [[nodiscard]] std::span<std::byte> memory() { return {mapping_.data(), mapping_.size()}; }

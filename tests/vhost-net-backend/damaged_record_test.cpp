@@ -60,12 +60,13 @@ void sign(RedoRecord& record) {
   record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
 }
 
-// Shared bytes outside the segment's first part (owner word, record) that an heir changed.
+// Shared bytes besides owner word and record that an heir changed.
 std::size_t changed(const EngineWorld& world, const std::vector<std::byte>& before) {
   std::size_t at = 0, count = 0;
-  for (std::size_t part = 0; part < world.parts().size(); ++part) {
-    const auto bytes = world.parts()[part];
-    for (std::size_t i = 0; i < bytes.size(); ++i) count += part != 1 && bytes[i] != before[at + i];
+  const auto* shard = reinterpret_cast<const std::byte*>(&world.segment().shards[0]);
+  for (const std::span<const std::byte> bytes : world.parts()) {
+    const bool own = bytes.data() >= shard && bytes.data() < shard + sizeof(ShardState);
+    for (std::size_t i = 0; i < bytes.size(); ++i) count += !own && bytes[i] != before[at + i];
     at += bytes.size();
   }
   return count;
