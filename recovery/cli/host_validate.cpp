@@ -48,6 +48,8 @@ std::vector<HostCheck> validate_host(const std::string& control_socket) {
   checks.push_back(check("hardware virtualization (KVM)", cpu_virtualizes() && exists("/dev/kvm"),
                          "guests run under QEMU's emulation (type='qemu'), many times slower; enable it in the firmware",
                          Verdict::kWarn));
+  checks.push_back(check("/dev/net/tun (not used by Tandem; libvirt's ordinary NICs need it)", exists("/dev/net/tun"),
+                         "load the module: modprobe tun", Verdict::kWarn));
   checks.push_back(check("libvirt (/run/libvirt/libvirt-sock)", exists("/run/libvirt/libvirt-sock") || exists("/run/libvirt/virtqemud-sock"),
                          "start it: systemctl start libvirtd, or libvirtd -d without systemd"));
   checks.push_back(check("libvirt hook (/etc/libvirt/hooks/qemu.d/tandem)", exists("/etc/libvirt/hooks/qemu.d/tandem"),

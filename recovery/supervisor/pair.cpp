@@ -252,7 +252,12 @@ void Pair::step(PairEvent event) {
       break;
     case PairAction::kKillAll:
       respawn_.reset();
-      for (const Member& member : members_) member.kill();
+      // Their deaths are no events for a pair that may be started again before they are reaped.
+      for (Member& member : members_) {
+        member.kill();
+        member.stage = Member::Stage::kDead;
+      }
+      owner_pid_ = 0;
       break;
     case PairAction::kInvalid:
       spdlog::error("pair {}: event \"{}\" cannot happen in state \"{}\"; ignored. Please report this as a bug", name_,

@@ -227,6 +227,12 @@ Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
 }
 
 Status Supervisor::provision(const DomainOption& domain, const NicOption& option) {
+  Status provided = try_provision(domain, option);
+  if (!provided) stop_pair_if_unused(option.pair);
+  return provided;
+}
+
+Status Supervisor::try_provision(const DomainOption& domain, const NicOption& option) {
   const std::string doing = "provide NIC " + option.mac + " of domain " + domain.name;
   if (const auto other = nics_.find(option.mac); other != nics_.end())
     return fail(ErrorKind::kInvalid, doing + ": this MAC is served already, for domain " + other->second.domain +
@@ -242,13 +248,12 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   nic.pair = *pair;
   const UplinkConfig uplink = uplink_config(option);
   auto opened = Uplink::open(uplink);
-  if (!opened) {
-    stop_pair_if_unused(option.pair);
-    return within(doing, std::move(opened.error()));
-  }
+  if (!opened) return within(doing, std::move(opened.error()));
   nic.uplink.emplace(std::move(*opened));
   for (const std::string& note : nic.uplink->notes()) spdlog::info("NIC {}: {}", option.mac, note);
 
+  auto socket = open_nic_socket(option.mac);
+  if (!socket) return within(doing, std::move(socket.error()));
   VhostUserDeviceConfig device;
   device.max_queue_pairs = option.queues;
   device.virtio_features = default_virtio_features();
@@ -260,9 +265,6 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   auto made = VhostUserDevice::create(device);
   if (!made) return within(doing, std::move(made.error()));
   nic.device.emplace(std::move(*made));
-
-  auto socket = open_nic_socket(option.mac);
-  if (!socket) return within(doing, std::move(socket.error()));
 
   std::vector<UniqueFd> fds;
   for (const int fd : nic.uplink->descriptors()) fds.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 0));

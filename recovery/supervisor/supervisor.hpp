@@ -87,6 +87,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
 
   // NICs
   Status provision(const DomainOption& domain, const NicOption& option);
+  Status try_provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
   Result<UniqueFd> open_nic_socket(const std::string& mac) const;
