@@ -214,7 +214,9 @@ std::vector<QueuePair>& ShardStepper::pairs() { return ShardSteps::pairs(*shard_
 Drained drain(EngineWorld& world, ShardStepper& shard, Ledger& uplink, Ledger& guest, std::uint32_t pair) {
   Drained drained;
   std::vector<std::byte> packet;
-  for (bool moved = true; moved;) {
+  constexpr int kMostRounds = 1000;
+  int rounds = 0;
+  for (bool moved = true; moved && drained.quiet; drained.quiet = ++rounds < kMostRounds) {
     moved = shard.poll_once();
     while (const auto bytes = world.kernels[pair].send()) {
       uplink.note(*bytes);

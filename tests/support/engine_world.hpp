@@ -139,6 +139,7 @@ class ShardStepper {
 /// Lets engine, kernel and guest run until nothing moves. Packets that left and arrived go to the ledgers.
 struct Drained {
   std::uint32_t sent = 0, received = 0;
+  bool quiet = true;  ///< false: given up, for something moved in every one of very many rounds
 };
 Drained drain(EngineWorld& world, ShardStepper& shard, Ledger& uplink, Ledger& guest, std::uint32_t pair = 0);
 

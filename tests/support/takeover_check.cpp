@@ -44,9 +44,9 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
     return verdict;
   }
   if (world.calls(0) == 0 || world.calls(1) == 0) ++verdict.not_notified;
-  drain(world, heir, flows.uplink, flows.guest);
+  bool quiet = drain(world, heir, flows.uplink, flows.guest).quiet;
   flows.send(world, 3, 3);
-  drain(world, heir, flows.uplink, flows.guest);
+  quiet = drain(world, heir, flows.uplink, flows.guest).quiet && quiet;
 
   const GuestNic& nic = world.nics[0];
   const QueuePairState& state = world.state();

@@ -17,7 +17,7 @@ struct Verdict {
   std::uint64_t record_left = 0;        ///< the redo record was not empty in the end
   std::uint64_t not_notified = 0;       ///< the heir did not interrupt the guest
   std::uint64_t miscounted = 0;         ///< packet counters differ from what crossed
-  std::uint64_t stopped = 0;            ///< a queue stopped, or no takeover took place
+  std::uint64_t stopped = 0;            ///< a queue stopped, no takeover took place, or it never came to rest
 
   Verdict& operator+=(const Verdict& other);
   [[nodiscard]] bool clean() const;
