@@ -67,7 +67,7 @@ Status Controller::greet(std::uint64_t tsc_hz) {
   WelcomeBody welcome;
   if (header->type != ControlType::kWelcome ||
       !read_body(std::span(message->bytes).subspan(sizeof(ControlHeader)), welcome) || welcome.shard_count == 0 ||
-      welcome.shard_count > kMaxShards || message->fds.size() != 2 + welcome.shard_count)
+      welcome.shard_count > kMaxShards || message->fds.size() != 2 + 2 * welcome.shard_count)
     return malformed("welcome");
 
   auto segment = Mapping::map(message->fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment",
@@ -88,7 +88,8 @@ Status Controller::greet(std::uint64_t tsc_hz) {
   for (std::uint32_t i = 0; i < welcome.shard_count; ++i) {
     auto ring = WakeRing::open(std::move(message->fds[2 + i]));
     if (!ring) return within("open the fence's wake ring", std::move(ring.error()));
-    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring));
+    DeadManSwitch timer{std::move(message->fds[2 + welcome.shard_count + i])};
+    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring), std::move(timer));
     if (!shard) return tl::make_unexpected(std::move(shard.error()));
     shards_.push_back(std::move(*shard));
   }
@@ -148,7 +149,11 @@ Status Controller::obey(ChannelMessage message) {
     case ControlType::kArm: {
       ArmBody arm;
       if (!read_body(body, arm) || arm.shard >= shards_.size() || arm.tag == 0) return malformed("arm");
-      shards_[arm.shard]->post(ArmCommand{arm.tag});
+      std::shared_ptr<Watchdog> owner;
+      if (arm.owner_pid != 0 && message.fds.size() == 1)
+        owner = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.owner_pid),
+                                           static_cast<pid_t>(arm.owner_tid));
+      shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(owner)});
       return {};
     }
     case ControlType::kDrill: {

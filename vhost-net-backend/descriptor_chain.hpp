@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "vhost-net-backend/guest_memory.hpp"
 #include "vhost-net-backend/split_queue.hpp"
@@ -59,7 +58,7 @@ class ChainWalker {
     }
     const std::byte* entry = memory_.view(indirect_address_ + std::uint64_t{next_} * sizeof descriptor, sizeof descriptor);
     if (entry == nullptr) return fail(ChainFault::kAddress);
-    std::memcpy(&descriptor, entry, sizeof descriptor);
+    descriptor = read_descriptor_once(entry);
     return true;
   }
 

@@ -136,12 +136,15 @@ void count_transaction(ShardState& shard) {
   shard.transactions.store(shard.transactions.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
-// Entries that the guest has made available; stops the queue if it claims more than the ring holds.
+// Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has gone.
 std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, VringCursors& vring) {
   const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
+  if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
+    vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
+    return 0;
+  }
   if (ahead <= queue.size()) return ahead;
-  // A ring whose pages are gone reads as zero: that is not the guest's doing.
-  vring.fault.store(memory.faulted() ? QueueFault::kMemoryFault : QueueFault::kAvailJump, std::memory_order_release);
+  vring.fault.store(QueueFault::kAvailJump, std::memory_order_release);
   return 0;
 }
 
@@ -423,6 +426,8 @@ std::uint32_t receive_burst(QueuePair& pair) {
       const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
       if (packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
         ++record.dropped_after;  // the kernel does not do this; a damaged ring does
+        if (port.is_receive_frame(descriptor.addr))
+          record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
         continue;
       }
       const Placed placed = place(pair, packet, descriptor.len, heads, ready);

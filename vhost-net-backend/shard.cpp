@@ -23,6 +23,12 @@ constexpr std::uint64_t kIdleMicroseconds = 20;
 constexpr std::uint64_t kMailbox = ~std::uint64_t{0};
 // While the uplink takes frames late, or a queue has no kick fd, sleep no longer than this.
 constexpr int kShortSleepMs = 1;
+// How often an heir looks whether a sleeping owner sleeps through work; everything else wakes it.
+constexpr int kHeirPeriodMs = 100;
+// The owner pushes the dead man's switch at most this often.
+constexpr std::uint64_t kBeatMicroseconds = 1000;
+// A killed process that is still there after this long cannot die.
+constexpr std::uint64_t kCannotDieNs = 1'000'000'000;
 
 }  // namespace
 
@@ -32,8 +38,8 @@ std::uint64_t monotonic_ns() {
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
 }
 
-Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring) {
-  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring))};
+Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer) {
+  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring), std::move(timer))};
   shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
@@ -114,7 +120,10 @@ void Shard::execute(DescribeCommand& command) {
 
 void Shard::execute(PruneCommand& command) { prune(devices_[command.device], command.generation); }
 
-void Shard::execute(ArmCommand& command) { tag_ = command.tag; }
+void Shard::execute(ArmCommand& command) {
+  tag_ = command.tag;
+  watchdog_ = std::move(command.owner);
+}
 
 void Shard::execute(DrillCommand& command) {
   const std::byte* read_only = nullptr;
@@ -251,19 +260,100 @@ void Shard::wait_as_heir() {
   const UniqueFd epoll{::epoll_create1(EPOLL_CLOEXEC)};
   epoll_event event{};
   event.events = EPOLLIN;
-  ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, wake_fd_.get(), &event);
-  ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, ring_.fd(), &event);
+  for (const int fd : {wake_fd_.get(), ring_.fd(), switch_.fd()})
+    if (fd >= 0) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event);
   while (!stop_) {
     run_commands();
     // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
     const std::uint32_t owner = owner_tag(state().owner.load(std::memory_order_acquire));
     if (tag_ != 0 && config_.fence->dead(owner)) return;
-    epoll_event woken[2];
-    if (::epoll_wait(epoll.get(), woken, 2, -1) < 0) continue;
+    if (tag_ != 0 && watchdog_) watch_owner();
+    epoll_event woken[3];
+    if (::epoll_wait(epoll.get(), woken, 3, kHeirPeriodMs) < 0) continue;
     ring_.drain();
+    switch_.drain();
     std::uint64_t count = 0;
     [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
   }
+}
+
+// After every wake-up of the heir: is there reason to look closer, and what is to be seen?
+void Shard::watch_owner() {
+  ShardState& shard = state();
+  const std::uint64_t beat = shard.heartbeat_tsc.load(std::memory_order_relaxed);
+  OwnerView view;
+  view.spin_limit_ns = shard.spin_limit_ns.load(std::memory_order_relaxed);
+  view.blocked_limit_ns = shard.blocked_limit_ns.load(std::memory_order_relaxed);
+  if (view.spin_limit_ns == 0 || view.blocked_limit_ns == 0 || beat == 0) return;
+  const std::uint64_t now = monotonic_ns();
+  view.still_ns = static_cast<std::uint64_t>(static_cast<double>(rte_rdtsc() - beat) * 1e9 /
+                                             static_cast<double>(config_.tsc_hz));
+  view.marked_asleep = shard.asleep.load(std::memory_order_acquire) != 0;
+  if (view.marked_asleep) {
+    view.work_pending = owner_sleeps_through_work();
+    if (!view.work_pending) asleep_work_since_ns_ = 0;
+    else if (asleep_work_since_ns_ == 0) asleep_work_since_ns_ = now;
+    view.asleep_work_ns = asleep_work_since_ns_ == 0 ? 0 : now - asleep_work_since_ns_;
+  } else {
+    asleep_work_since_ns_ = 0;
+    if (view.still_ns <= std::min(view.spin_limit_ns, view.blocked_limit_ns)) return;
+    watchdog_->look(view);
+  }
+  const HangVerdict verdict = judge(view);
+  if (verdict == HangVerdict::kNone) {
+    // Starved or nearly over a limit: ask again soon. A sleeper is asked at the heir's own period.
+    if (!view.marked_asleep) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
+    return;
+  }
+  // It may have gone on while we looked.
+  if (shard.heartbeat_tsc.load(std::memory_order_acquire) != beat) return;
+  if (verdict_ != HangVerdict::kNone) {
+    if (now - verdict_ns_ < kCannotDieNs) return;
+    say(ProblemEvent{0, "the owner of this shard is hung and does not die of SIGKILL (state " +
+                            std::string(1, view.state) + "): no takeover while it can still run; thaw its cgroup, or find "
+                            "what it waits for in /proc/PID/stack"});
+  }
+  verdict_ = verdict;
+  verdict_ns_ = now;
+  watchdog_->kill();
+}
+
+// Looks at the rings through the descriptions held here; writes nothing.
+bool Shard::owner_sleeps_through_work() {
+  for (const Served& served : devices_) {
+    if (!served.uplink) continue;
+    std::uint64_t generation = 0;
+    const auto device = find_in_force(served, generation);
+    if (!device) continue;
+    for (std::uint32_t n = 0; n < served.uplink->ports.size() && n < device->description().queue_pairs; ++n) {
+      const std::uint32_t index = served.uplink->first_queue_pair + n;
+      const QueuePairState& pair = config_.segment->queue_pairs[index];
+      const BoundQueue& receive = device->vring(2 * n);
+      const BoundQueue& transmit = device->vring(2 * n + 1);
+      const XskPort& port = *served.uplink->ports[n];
+      const auto works = [](const BoundQueue& bound, const VringCursors& cursors) {
+        return bound.queue.bound() && cursors.fault.load(std::memory_order_relaxed) == QueueFault::kNone &&
+               cursors.start_count == bound.start_count && bound.queue.avail_index() != cursors.next_avail;
+      };
+      if (!serves(index)) continue;
+      // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
+      if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
+      if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer()) return true;
+    }
+  }
+  return false;
+}
+
+// Pushes the dead man's switch, if the loop does what it is there for: a loop that turns while work lies about is no sign of life.
+void Shard::beat(std::uint64_t now) {
+  last_beat_ = now;
+  const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
+  const bool moved = transactions != std::exchange(transactions_at_beat_, transactions);
+  if (!moved && std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return has_work(pair); })) return;
+  const ShardState& shard = state();
+  const std::uint64_t limit = std::min(shard.spin_limit_ns.load(std::memory_order_relaxed),
+                                       shard.blocked_limit_ns.load(std::memory_order_relaxed));
+  if (limit != 0) switch_.push(limit);
 }
 
 bool Shard::poll_once() {
@@ -279,10 +369,12 @@ bool Shard::poll_once() {
 void Shard::poll_as_owner() {
   ShardState& shard = state();
   const std::uint64_t idle_cycles = config_.tsc_hz / 1'000'000 * kIdleMicroseconds;
+  const std::uint64_t beat_cycles = config_.tsc_hz / 1'000'000 * kBeatMicroseconds;
   std::uint64_t last_work = rte_rdtsc();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
     shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
+    if (now - last_beat_ > beat_cycles) beat(now);
     if (has_commands_.load(std::memory_order_relaxed)) {
       run_commands();
       last_work = now;

@@ -22,6 +22,7 @@
 #include "common/layout/segment.hpp"
 #include "common/wake_ring.hpp"
 #include "vhost-net-backend/device.hpp"
+#include "vhost-net-backend/watchdog.hpp"
 
 namespace tandem {
 
@@ -40,6 +41,7 @@ struct PruneCommand {
 };
 struct ArmCommand {
   std::uint32_t tag;
+  std::shared_ptr<Watchdog> owner;  ///< nullptr: there is no owner to watch
 };
 struct DrillCommand {
   DrillFault fault;
@@ -86,7 +88,7 @@ struct ShardConfig {
 
 class Shard {
  public:
-  static Result<std::unique_ptr<Shard>> make(const ShardConfig& config, WakeRing ring);
+  static Result<std::unique_ptr<Shard>> make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer);
 
   void run();
   void post(ShardCommand command);
@@ -96,6 +98,8 @@ class Shard {
   [[nodiscard]] std::uint32_t thread_id() const { return thread_id_.load(std::memory_order_acquire); }
 
  private:
+  friend struct ShardSteps;  // tests/support: drives run()'s steps one at a time, in the caller's thread
+
   // One device as this shard knows it. `held` is ordered by generation; the one in force is among them.
   struct Served {
     std::shared_ptr<const UplinkPorts> uplink;
@@ -103,7 +107,8 @@ class Shard {
     std::shared_ptr<const Device> in_force;
   };
 
-  Shard(const ShardConfig& config, WakeRing ring) : config_(config), ring_(std::move(ring)) {}
+  Shard(const ShardConfig& config, WakeRing ring, DeadManSwitch timer)
+      : config_(config), ring_(std::move(ring)), switch_(std::move(timer)) {}
   ShardState& state() { return config_.segment->shards[config_.index]; }
   void say(ShardEvent event);
   void discard(std::shared_ptr<const void> object);
@@ -133,6 +138,9 @@ class Shard {
 
   // shard.cpp: the two loops
   void wait_as_heir();
+  void watch_owner();
+  bool owner_sleeps_through_work();
+  void beat(std::uint64_t now);
   void poll_as_owner();
   bool poll_once();
   void sleep();
@@ -143,10 +151,12 @@ class Shard {
   // takeover.cpp
   bool take_over();
   void adopt_generations();
+  std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);
   void replay_record(TakeoverTimeline& timeline);
 
   ShardConfig config_;
   WakeRing ring_;
+  DeadManSwitch switch_;
   UniqueFd wake_fd_, event_fd_, epoll_;
   std::atomic<std::uint32_t> thread_id_{0};
 
@@ -166,6 +176,14 @@ class Shard {
   bool kick_fd_missing_ = false;
   std::uint64_t transactions_at_takeover_ = 0;
   bool first_transaction_pending_ = false;
+  // As heir: the owner it watches, what it was found guilty of, and since when it has slept through work.
+  std::shared_ptr<Watchdog> watchdog_;
+  HangVerdict verdict_ = HangVerdict::kNone;
+  std::uint64_t verdict_ns_ = 0;
+  std::uint64_t asleep_work_since_ns_ = 0;
+  // As owner: when the switch was last looked at, and the transactions counted then.
+  std::uint64_t last_beat_ = 0;
+  std::uint64_t transactions_at_beat_ = 0;
 };
 
 /// Fails on purpose, in the calling thread, as `virt-tandem drill` asks. kBadStore stores into `read_only`.

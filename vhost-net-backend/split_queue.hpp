@@ -12,13 +12,26 @@
 #include <linux/virtio_ring.h>
 
 #include <atomic>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "common/layout/device_description.hpp"
 #include "common/result.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
 
 namespace tandem {
+
+/// A private copy of a descriptor that the guest may be changing. The compiler may not go back to the original: what was checked is
+/// what is used.
+inline vring_desc read_descriptor_once(const void* from) {
+  struct Words {
+    std::uint64_t low, high;
+  } words;
+  std::memcpy(&words, from, sizeof words);
+  asm volatile("" : "+r"(words.low), "+r"(words.high));
+  return std::bit_cast<vring_desc>(words);
+}
 
 class SplitQueue {
  public:
@@ -35,7 +48,9 @@ class SplitQueue {
     return load(&avail_->ring[index & mask_], std::memory_order_relaxed);
   }
   /// A private copy of descriptor `index`, which must be < size().
-  [[nodiscard]] vring_desc descriptor(std::uint16_t index) const { return desc_[index]; }
+  [[nodiscard]] vring_desc descriptor(std::uint16_t index) const {
+    return read_descriptor_once(&desc_[index]);
+  }
 
   /// Used ring; all need WindowOpen.
   void write_used(std::uint16_t index, std::uint32_t id, std::uint32_t length) const {

@@ -23,6 +23,7 @@ bool Shard::take_over() {
   if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, tag_), std::memory_order_acq_rel)) return false;
   TANDEM_PROBE(kTakeoverEpoch);
   owner_ = true;
+  watchdog_.reset();
 
   TakeoverTimeline timeline{};
   timeline.previous_tag = previous;
@@ -31,6 +32,8 @@ bool Shard::take_over() {
   timeline.awake_ns = awake;
   timeline.epoch_ns = monotonic_ns();
   timeline.fence_ns = config_.fence->slot(previous).time_ns;
+  timeline.verdict = std::exchange(verdict_, HangVerdict::kNone);
+  timeline.verdict_ns = std::exchange(verdict_ns_, 0);
   timeline.owner_was_asleep = shard.asleep.load(std::memory_order_relaxed);
   const std::uint64_t beat = shard.heartbeat_tsc.load(std::memory_order_relaxed);
   if (previous != 0 && beat != 0) {
@@ -54,27 +57,34 @@ bool Shard::take_over() {
   return true;
 }
 
+// The description under which a device's queue pairs are served, with its generation; nullptr if it is not held here.
+std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::uint64_t& generation) {
+  // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all cursors
+  // for the new one and had moved no packet since, so the newest stands for all.
+  generation = 0;
+  for_each_pair(served, [&](QueuePairState& pair) {
+    generation = std::max(generation, pair.generation.load(std::memory_order_acquire));
+  });
+  const auto found = std::find_if(served.held.begin(), served.held.end(), [&](const auto& held) {
+    return held->description().generation == generation;
+  });
+  return found == served.held.end() ? nullptr : *found;
+}
+
 // Binds every device under the generation that its queue pairs were served with.
 void Shard::adopt_generations() {
   for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
     Served& served = devices_[device];
     if (!served.uplink) continue;
-    // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all cursors
-    // for the new one and had moved no packet since, so the newest stands for all.
     std::uint64_t generation = 0;
-    for_each_pair(served, [&](QueuePairState& pair) {
-      generation = std::max(generation, pair.generation.load(std::memory_order_acquire));
-    });
+    const std::shared_ptr<const Device> device_in_force = find_in_force(served, generation);
     if (generation == 0) continue;
-    const auto found = std::find_if(served.held.begin(), served.held.end(), [&](const auto& held) {
-      return held->description().generation == generation;
-    });
-    if (found == served.held.end()) {
+    if (!device_in_force) {
       say(ProblemEvent{device, "take over: generation " + std::to_string(generation) +
                                    " of this device's description is not held here; it waits for a newer one"});
       continue;
     }
-    served.in_force = *found;
+    served.in_force = device_in_force;
     for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
   }
   rebuild_pairs();

@@ -17,12 +17,13 @@ inline constexpr std::uint16_t kControlVersion = 1;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
-  kWelcome = 1,   ///< WelcomeBody; fds: segment, fence slots, one wake ring per shard
+  kWelcome = 1,   ///< WelcomeBody; fds: segment, fence slots, one wake ring per shard, one dead man's timer per shard
   kAttach = 2,    ///< AttachBody + XskDescription[queue_pairs]; fds: (xsk, umem) per queue pair
   kDetach = 3,    ///< DeviceBody: forget device and uplink (its last description has nothing running)
   kDescribe = 4,  ///< DeviceDescription; fds in its order
   kPrune = 5,     ///< DeviceBody: drop descriptions older than the generation
-  kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard
+  kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard. fd: pidfd of the
+             ///< present owner, if there is one
   kDrill = 7,     ///< DrillBody: fail on purpose
   // backend -> supervisor
   kReady = 100,             ///< ReadyBody: EAL up, poll threads running
@@ -65,6 +66,8 @@ struct DeviceBody {
 struct ArmBody {
   std::uint32_t shard = 0;
   std::uint32_t tag = 0;
+  std::uint32_t owner_pid = 0;  ///< the present owner's process and poll thread, 0 if there is none
+  std::uint32_t owner_tid = 0;
 };
 
 enum class DrillFault : std::uint32_t {
@@ -99,7 +102,7 @@ struct ProblemBody {
 };
 
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
-static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 8 && sizeof(DrillBody) == 8 && sizeof(ProblemBody) == 256);
+static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 16 && sizeof(DrillBody) == 8 && sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);
 
 }  // namespace tandem

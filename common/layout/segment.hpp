@@ -54,6 +54,15 @@ struct alignas(64) QueuePairState {
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
 
+/// Why an heir ended a living owner (vhost-net-backend/watchdog.hpp).
+enum class HangVerdict : std::uint32_t {
+  kNone = 0,
+  kSpinning = 1,        ///< uses its CPU, and its heartbeat stands still
+  kBlocked = 2,         ///< sleeps, is stopped or frozen, without having marked itself asleep
+  kAsleepWithWork = 3,  ///< marked itself asleep and sleeps through work
+  kStarved = 4,         ///< got no CPU for so long that waiting on makes no sense
+};
+
 /// How a shard came to its present owner; times are CLOCK_MONOTONIC ns, 0 for "did not happen (yet)".
 struct TakeoverTimeline {
   std::uint64_t previous_tag;
@@ -72,12 +81,19 @@ struct TakeoverTimeline {
   std::uint32_t replayed_packets;
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over
+  HangVerdict verdict;        ///< kNone: it died by itself
+  std::uint32_t reserved;
+  std::uint64_t verdict_ns;
 };
 
 struct alignas(64) ShardState {
   /// epoch << 32 | low 32 bits of the owner's fence tag. Epoch 0, tag 0: never owned.
   std::atomic<std::uint64_t> owner;
   std::uint64_t reserved0[7];
+  /// Written by the supervisor: how long an owner may stand still, in ns (the smallest limits of the NICs it serves).
+  alignas(64) std::atomic<std::uint64_t> spin_limit_ns;
+  std::atomic<std::uint64_t> blocked_limit_ns;
+  std::uint64_t reserved2[6];
   /// Written by the owner in every round of its poll loop: TSC, and 1 while it sleeps in epoll.
   alignas(64) std::atomic<std::uint64_t> heartbeat_tsc;
   std::atomic<std::uint32_t> asleep;
@@ -103,8 +119,8 @@ constexpr std::uint32_t owner_tag(std::uint64_t word) { return static_cast<std::
 
 static_assert(sizeof(VringCursors) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
 static_assert(sizeof(TakeoverTimeline) <= 128);
-static_assert(offsetof(ShardState, heartbeat_tsc) == 64 && offsetof(ShardState, takeover) == 128);
-static_assert(offsetof(ShardState, record) == 256);
+static_assert(offsetof(ShardState, heartbeat_tsc) == 128 && offsetof(ShardState, takeover) == 192);
+static_assert(offsetof(ShardState, record) == 320);
 static_assert(std::is_standard_layout_v<Segment>);
 
 }  // namespace tandem

@@ -29,11 +29,11 @@ def parse_arguments(words):
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--keep", action="store_true", help="leave everything running and say how to play with it")
     parser.add_argument("--stop", action="store_true", help="end what --keep, or a demo that was killed, left behind")
-    parser.add_argument("--rate", type=int, default=1000, metavar="N", help="datagrams a second each way (1000)")
+    parser.add_argument("--rate", type=int, default=2000, metavar="N", help="datagrams a second each way (1000)")
     parser.add_argument("--plain-nic", action="store_true",
                         help="control: the same traffic for 10 s through an ordinary bridge NIC, without Tandem and kills")
     parser.add_argument("--no-install", action="store_true", help="do not install packages")
-    parser.add_argument("--build", default=os.path.join(ROOT, "build"), help=argparse.SUPPRESS)
+    parser.add_argument("--build", type=os.path.abspath, default=os.path.join(ROOT, "build"), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.kills < 0 or args.rate < 1:
         parser.error("--kills must be 0 or more, --rate 1 or more")
@@ -163,9 +163,13 @@ def main(words):
             journal = None
         passed = summary["verdict"] == "pass"
         return 0 if passed else 1
+    except host.UnfitHost as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 77
     except host.DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
-        show_logs()
+        if journal:
+            show_logs()
         write_json(args.json, {"kills": [], "lost": None, "duplicated": None, "reordered": None, "tcp_ok": False,
                                "guest_link_changes": None, "verdict": "fail", "problems": [str(error)]})
         return 2

@@ -71,6 +71,17 @@ def build_files(root, traffic):
     os.chmod(FILES, 0o755)
 
 
+def remove_old_one():
+    """A definition that outlived its demo, for instance a reboot of this host in the middle of one."""
+    old = virsh("dumpxml", NAME, check=False)
+    if old.returncode != 0:
+        return
+    if MAC not in old.stdout:
+        raise DemoError(f"There is a domain named {NAME} that is not the demo's. Rename or undefine it.")
+    virsh("destroy", NAME, check=False)
+    virsh("undefine", NAME)
+
+
 def start(journal, plain):
     path = os.path.join(FILES, "domain.xml")
     with open(path, "w", encoding="utf-8") as file:
@@ -78,6 +89,7 @@ def start(journal, plain):
     console = os.path.join(FILES, "console.log")
     if os.path.exists(console):
         os.unlink(console)
+    remove_old_one()
     journal.note("domain", name=NAME)
     virsh("define", path)
     done = virsh("start", NAME, check=False)

@@ -26,6 +26,10 @@ class DemoError(Exception):
     """A sentence for the operator: what was being done, why it failed, what to do."""
 
 
+class UnfitHost(DemoError):
+    """This host cannot run the demo, whatever the demo does."""
+
+
 def run(*words, check=True, **options):
     done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     if check and done.returncode != 0:
@@ -152,6 +156,9 @@ def _undo_file(entry):
 
 
 def _undo_directory(entry):
+    if entry.get("tree"):  # ours alone; what a supervisor that crashed left in it goes too
+        shutil.rmtree(entry["path"], ignore_errors=True)
+        return
     try:
         os.rmdir(entry["path"])  # only if nobody has put anything there
     except OSError:
@@ -160,7 +167,9 @@ def _undo_directory(entry):
 
 def _undo_domain(entry):
     run("virsh", "-c", "qemu:///system", "destroy", entry["name"], check=False)
-    run("virsh", "-c", "qemu:///system", "undefine", entry["name"], check=False)
+    done = run("virsh", "-c", "qemu:///system", "undefine", entry["name"], check=False)
+    if done.returncode != 0 and "failed to get domain" not in done.stderr:
+        raise DemoError(done.stderr.strip())
 
 
 def _undo_reload(_entry):
@@ -217,20 +226,20 @@ def _bpf_works():
 
 def check_host():
     if os.geteuid() != 0:
-        raise DemoError("The demo makes bridges, namespaces and a guest: run it as root (sudo ./demo).")
+        raise UnfitHost("The demo makes bridges, namespaces and a guest: run it as root (sudo ./demo).")
     release = os.uname().release
     version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release.split(".")[:2])
     if version < (6, 4):
-        raise DemoError(f"This kernel is {release}; Tandem needs 6.4 or newer, because older kernels cannot map AF_XDP's fill "
+        raise UnfitHost(f"This kernel is {release}; Tandem needs 6.4 or newer, because older kernels cannot map AF_XDP's fill "
                         "and completion rings in a second process. Use Debian 13, or Debian 12 with the backports kernel.")
     if not _bpf_works():
-        raise DemoError("This kernel or container refuses BPF, which the fence is made of. Run the demo on the host itself, "
+        raise UnfitHost("This kernel or container refuses BPF, which the fence is made of. Run the demo on the host itself, "
                         "with a kernel that has CONFIG_BPF_SYSCALL.")
     for program, package in (("qemu-system-x86_64", "qemu-system-x86"), ("virsh", "libvirt-clients"),
                              ("libvirtd", "libvirt-daemon-system"), ("ip", "iproute2"), ("ethtool", "ethtool"),
                              ("busybox", "busybox-static"), ("cpio", "cpio")):
         if not shutil.which(program):
-            raise DemoError(f"{program} is not installed. Leave out --no-install, or: apt-get install {package}")
+            raise UnfitHost(f"{program} is not installed. Leave out --no-install, or: apt-get install {package}")
 
 
 def has_virtualization():
@@ -263,17 +272,14 @@ def make_network(journal):
 
 
 def keep_order_in_host_queues():
-    """Gives every port of the demo's bridge, and the outside's card, one processor for received frames.
+    """Gives both ends of the outside's cable one processor for received frames.
 
-    The host queues received frames per processor. When a sender continues on another processor (as the heir of a dead backend
-    does), its first frames can overtake the last ones of before, on the bridge, where no NIC can prevent it. One queue keeps
-    them in line, as one real cable would.
+    The host queues received frames per processor: when the sending program moves to another processor, its first frames there can
+    overtake the last ones of before. One queue keeps them in line, as one real cable would. Tandem does this for its own ports.
     """
-    ports = [f"/sys/class/net/{port}" for port in os.listdir(f"/sys/class/net/{NAME}/brif")]
-    for port in ports:
-        for queue in os.listdir(f"{port}/queues"):
-            if queue.startswith("rx-"):
-                _write(f"{port}/queues/{queue}/rps_cpus", "1")
+    for queue in os.listdir(f"/sys/class/net/{OUTSIDE_PORT}/queues"):
+        if queue.startswith("rx-"):
+            _write(f"/sys/class/net/{OUTSIDE_PORT}/queues/{queue}/rps_cpus", "1")
     in_namespace("sh", "-c", "for f in /sys/class/net/eth0/queues/rx-*/rps_cpus; do echo 1 >$f; done")
 
 
@@ -305,6 +311,11 @@ def libvirt_answers():
     return run("virsh", "-c", "qemu:///system", "version", check=False).returncode == 0
 
 
+def start_daemon(program):
+    # Without the demo's own output: a daemon must not hold its pipes open.
+    subprocess.run((program, "-d"), check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def start_libvirt(journal):
     if has_systemd():
         if run("systemctl", "is-active", "libvirtd", check=False).returncode != 0:
@@ -316,9 +327,7 @@ def start_libvirt(journal):
             if pid and start_time(pid):
                 continue
             journal.note("daemon", pid_file=pid_file)
-            # A name of its own instead of the demo's output: a daemon must not hold the demo's pipes open.
-            subprocess.run((daemon, "-d"), check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
+            start_daemon(daemon)
     wait_for(libvirt_answers, 20, "libvirtd was started; waiting for it to answer 'virsh version'")
 
 

@@ -81,7 +81,7 @@ class Tandem:
         with open(config, "w", encoding="utf-8") as file:
             file.write(CONFIG.format(run_dir=RUN_DIR, incidents=incidents, backend=find_program(self.build, "tandem-backend")))
         if not os.path.isdir(RUN_DIR):
-            journal.note("directory", path=RUN_DIR)
+            journal.note("directory", path=RUN_DIR, tree=True)
             os.mkdir(RUN_DIR)
         # The vault has a user of its own: whoever runs as that user may attach to it, and backends must not.
         self._launch(journal, (find_program(self.build, "tandem-vault"), "--socket", f"{RUN_DIR}/vault.sock", "--user",

@@ -40,12 +40,13 @@ Setter choice(Enum& target, std::map<std::string, Enum> names) {
   };
 }
 
-Setter number(std::uint32_t& target, std::uint32_t low, std::uint32_t high) {
+template <class Number>
+Setter number(Number& target, Number low, Number high) {
   return [&target, low, high](const toml::node& node) -> Status {
     const auto value = node.value<std::int64_t>();
     if (!node.is_integer() || !value || *value < low || *value > high)
       return wrong("wants a number from " + std::to_string(low) + " to " + std::to_string(high));
-    target = static_cast<std::uint32_t>(*value);
+    target = static_cast<Number>(*value);
     return {};
   };
 }
@@ -83,7 +84,8 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"backend.user", text(config.backend_user)},
       {"qemu.socket_user", text(config.socket_user)},
       {"qemu.socket_group", text(config.socket_group)},
-      {"pair.shards", number(config.shards, 1, kMaxShards)},
+      {"pair.shards", number<std::uint32_t>(config.shards, 1, kMaxShards)},
+      {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
       {"pair.polling", choice<Polling>(config.polling, {{"adaptive", Polling::kAdaptive}, {"always", Polling::kAlways}})},
       {"pair.hugepages", choice<Hugepages>(config.hugepages, {{"auto", Hugepages::kAuto}, {"always", Hugepages::kAlways},
                                                               {"never", Hugepages::kNever}})},

@@ -25,8 +25,10 @@ struct Config {
   std::uint32_t shards = 1;               ///< poll threads per backend
   Polling polling = Polling::kAdaptive;
   Hugepages hugepages = Hugepages::kAuto;
+  std::int32_t nice = -10;                ///< of poll threads, -20 to 19: an heir must get a busy CPU at once
 
   [[nodiscard]] std::string nic_socket_dir() const { return run_dir + "/nic"; }
+  [[nodiscard]] std::string dpdk_dir() const { return run_dir + "/dpdk"; }
   [[nodiscard]] std::string control_socket() const { return run_dir + "/control.sock"; }
   [[nodiscard]] std::string vault_socket() const { return run_dir + "/vault.sock"; }
 };

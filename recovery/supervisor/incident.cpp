@@ -13,6 +13,22 @@ namespace {
 
 constexpr std::size_t kKept = 1000;
 
+nlohmann::json hang_name(HangVerdict verdict) {
+  switch (verdict) {
+    case HangVerdict::kNone:
+      return nullptr;
+    case HangVerdict::kSpinning:
+      return "spinning";
+    case HangVerdict::kBlocked:
+      return "blocked";
+    case HangVerdict::kAsleepWithWork:
+      return "asleep with work pending";
+    case HangVerdict::kStarved:
+      return "starved";
+  }
+  return "unknown";
+}
+
 nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   if (time == 0 || zero == 0) return nullptr;
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
@@ -51,11 +67,13 @@ nlohmann::json Incident::to_json() const {
           {"victim_pid", victim_pid},
           {"heir_pid", heir_pid},
           {"epoch", timeline.epoch},
-          {"detected_by", "fence"},
+          {"detected_by", timeline.verdict == HangVerdict::kNone ? "fence" : "watchdog"},
+          {"hang", hang_name(timeline.verdict)},
           {"fence_time_ns", zero},
           {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
           {"timeline_ns",
            {{"last_heartbeat", relative(timeline.last_heartbeat_ns, zero)},
+            {"hang_verdict", relative(timeline.verdict_ns, zero)},
             {"fenced", 0},
             {"heir_awake", relative(timeline.awake_ns, zero)},
             {"epoch_taken", relative(timeline.epoch_ns, zero)},
@@ -77,8 +95,13 @@ Result<IncidentLog> IncidentLog::open(const std::string& directory) {
   for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
     const std::string stem = entry.path().stem().string();
     if (stem.empty() || stem.size() > 18 || stem.find_first_not_of("0123456789") != std::string::npos) continue;
-    log.next_id_ = std::max<std::uint64_t>(log.next_id_, std::stoull(stem) + 1);
+    const std::uint64_t id = std::stoull(stem);
+    log.next_id_ = std::max<std::uint64_t>(log.next_id_, id + 1);
+    std::ifstream file(entry.path());
+    auto record = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
+    if (record.is_object()) log.earlier_[id] = std::move(record);
   }
+  while (log.earlier_.size() > kKept) log.earlier_.erase(log.earlier_.begin());
   return log;
 }
 
@@ -87,6 +110,13 @@ Incident& IncidentLog::add(Incident incident) {
   recent_.push_back(std::move(incident));
   if (recent_.size() > kKept) recent_.pop_front();
   return recent_.back();
+}
+
+nlohmann::json IncidentLog::all() const {
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& [id, record] : earlier_) list.push_back(record);
+  for (const Incident& incident : recent_) list.push_back(incident.to_json());
+  return list;
 }
 
 Incident* IncidentLog::find(std::uint64_t id) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -37,18 +38,21 @@ struct Incident {
 /// Keeps the last incidents and writes each to DIR/ID.json. Not thread-safe.
 class IncidentLog {
  public:
-  /// `directory` is made if missing; numbering goes on from what is there.
+  /// `directory` is made if missing; what earlier runs recorded there is read, and numbering goes on from it.
   static Result<IncidentLog> open(const std::string& directory);
   Incident& add(Incident incident);
   /// Writes the record's file anew (whole, by rename).
   Status save(const Incident& incident) const;
   [[nodiscard]] std::deque<Incident>& recent() { return recent_; }
   [[nodiscard]] const std::deque<Incident>& recent() const { return recent_; }
+  /// Earlier runs' records, oldest first, then this one's.
+  [[nodiscard]] nlohmann::json all() const;
   Incident* find(std::uint64_t id);
 
  private:
   std::string directory_;
   std::uint64_t next_id_ = 1;
+  std::map<std::uint64_t, nlohmann::json> earlier_;
   std::deque<Incident> recent_;
 };
 

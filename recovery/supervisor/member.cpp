@@ -6,12 +6,14 @@
 #include <pwd.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 #include <cstring>
+#include <string_view>
 
 namespace tandem {
 
@@ -23,7 +25,8 @@ constexpr int kExitMissing = 127;
 constexpr int kExitNotExecutable = 126;
 
 // Everything a child does between fork and exec; returns only on failure. Async-signal-safe calls only.
-int become_backend(const char* program, char* const* arguments, const passwd* account, int control) {
+int become_backend(const char* program, char* const* arguments, char* const* environment, const passwd* account,
+                   int control) {
   sigset_t none;
   ::sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
@@ -36,7 +39,7 @@ int become_backend(const char* program, char* const* arguments, const passwd* ac
   }
   if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return errno;
   if (::chdir("/") != 0) return errno;
-  ::execv(program, arguments);
+  ::execve(program, arguments, environment);
   return errno;
 }
 
@@ -55,6 +58,9 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
   const int buffer = 4 * 1024 * 1024;
   ::setsockopt(channels->first.fd(), SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
 
+  ::mkdir(config.dpdk_dir().c_str(), 0700);
+  if (::chown(config.dpdk_dir().c_str(), account->pw_uid, account->pw_gid) != 0)
+    return fail_errno(doing + ": give it " + config.dpdk_dir());
   std::vector<std::string> words{backend_path, "--control-fd", std::to_string(kChildControlFd), "--shards",
                                  std::to_string(config.shards), "--file-prefix", "tandem-" + config.instance};
   if (hugepages) words.emplace_back("--hugepages");
@@ -62,11 +68,17 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);
 
+  // DPDK makes a directory for its process even if it shares nothing; /tmp is not ours to share with other users.
+  const std::string runtime = "XDG_RUNTIME_DIR=" + config.dpdk_dir();
+  std::vector<char*> environment{const_cast<char*>(runtime.c_str())};
+  for (char** entry = environ; *entry != nullptr; ++entry)
+    if (!std::string_view(*entry).starts_with("XDG_RUNTIME_DIR=")) environment.push_back(*entry);
+  environment.push_back(nullptr);
   const int control = channels->second.fd();
   const pid_t pid = ::fork();
   if (pid < 0) return fail_errno(doing);
   if (pid == 0) {
-    const int error = become_backend(backend_path.c_str(), arguments.data(), account, control);
+    const int error = become_backend(backend_path.c_str(), arguments.data(), environment.data(), account, control);
     ::_exit(error == ENOENT ? kExitMissing : kExitNotExecutable);
   }
   Member member;
@@ -82,6 +94,14 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
   return member;
 }
 
+Member Member::adopt(pid_t pid, UniqueFd pidfd, UniqueFd channel) {
+  Member member;
+  member.pid_ = pid;
+  member.pidfd_ = std::move(pidfd);
+  member.channel_ = FdChannel{std::move(channel)};
+  return member;
+}
+
 void Member::kill() const {
   if (pidfd_) ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0);
 }
@@ -89,9 +109,9 @@ void Member::kill() const {
 ExitStatus Member::reap() {
   siginfo_t info{};
   stage = Stage::kDead;
-  if (::waitid(P_PIDFD, static_cast<id_t>(pidfd_.get()), &info, WEXITED) != 0) return {};
-  if (info.si_code == CLD_EXITED) return {0, info.si_status};
-  return {info.si_status, 0};
+  if (::waitid(P_PIDFD, static_cast<id_t>(pidfd_.get()), &info, WEXITED) != 0) return {0, 0, false};
+  if (info.si_code == CLD_EXITED) return {0, info.si_status, true};
+  return {info.si_status, 0, true};
 }
 
 Status Member::send_bytes(ControlType type, std::span<const std::byte> body, std::span<const std::byte> more,

@@ -25,6 +25,7 @@ namespace tandem {
 struct ExitStatus {
   int signal = 0;  ///< 0 if it exited by itself
   int status = 0;
+  bool known = true;  ///< false for a process that another supervisor started
 };
 
 class Member {
@@ -37,6 +38,9 @@ class Member {
  public:
   /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the channel.
   static Result<Member> spawn(const Config& config, const std::string& backend_path, bool hugepages);
+
+  /// A process that a dead supervisor started; its exit status will not be known here.
+  static Member adopt(pid_t pid, UniqueFd pidfd, UniqueFd channel);
 
   Member(Member&&) = default;
   Member& operator=(Member&&) = delete;

@@ -3,6 +3,8 @@
 #include "recovery/supervisor/pair.hpp"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -35,6 +37,27 @@ bool read_body(const ChannelMessage& message, Body& body) {
   return true;
 }
 
+// struct sched_attr (sched_setattr(2)); glibc 2.36 has neither it nor the call.
+struct SchedulingAttributes {
+  std::uint32_t size, policy;
+  std::uint64_t flags;
+  std::int32_t nice;
+  std::uint32_t priority;
+  std::uint64_t runtime, deadline, period;
+};
+
+// A poll thread is woken to take over while others keep its CPU busy: with a low nice value and a short slice (honoured since
+// Linux 6.12) it gets the CPU within microseconds instead of after their slices.
+Status set_poll_priority(pid_t tid, int nice) {
+  SchedulingAttributes attributes{};
+  attributes.size = sizeof attributes;
+  attributes.nice = nice;
+  attributes.runtime = 100'000;
+  if (::syscall(SYS_sched_setattr, tid, &attributes, 0) != 0)
+    return fail_errno("set the priority of poll thread " + std::to_string(tid), "tandemd needs CAP_SYS_NICE");
+  return {};
+}
+
 std::uint64_t free_huge_pages() {
   std::ifstream file("/proc/meminfo");
   for (std::string word; file >> word;)
@@ -61,6 +84,12 @@ std::uint32_t TagSource::next() {
   return last_;
 }
 
+void TagSource::adopt(std::uint32_t tag) {
+  if (tag == 0) return;
+  living_[tag % TANDEM_FENCE_SLOTS] = tag;
+  last_ = std::max(last_, tag);
+}
+
 void TagSource::retire(std::uint32_t tag) {
   const auto found = living_.find(tag % TANDEM_FENCE_SLOTS);
   if (found != living_.end() && found->second == tag) living_.erase(found);
@@ -81,10 +110,87 @@ Result<std::unique_ptr<Pair>> Pair::make(std::string name, const Config& config,
   std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
   if (auto made = pair->make_segment(); !made) return within("make pair " + pair->name_, std::move(made.error()));
   // Three members exist at once around a failover; each takes a handful of 2 MiB pages.
-  constexpr std::uint64_t kWantedPages = 48;
+  constexpr std::uint64_t kWantedPages = 8;
   pair->hugepages_ = config.hugepages == Hugepages::kAlways ||
                      (config.hugepages == Hugepages::kAuto && free_huge_pages() >= kWantedPages);
   return pair;
+}
+
+Result<std::unique_ptr<Pair>> Pair::adopt(std::string name, std::vector<UniqueFd> fds, const Config& config,
+                                          std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
+                                          Listener& listener) {
+  const std::string doing = "adopt pair " + name;
+  std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
+  if (fds.size() != 1 + config.shards)
+    return fail(ErrorKind::kInvalid, doing + ": it has another number of shards than the configuration says");
+  auto mapping = Mapping::map(fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment");
+  if (!mapping) return within(doing, std::move(mapping.error()));
+  pair->segment_mapping_ = std::move(*mapping);
+  pair->segment_ = reinterpret_cast<Segment*>(pair->segment_mapping_.data());
+  if (pair->segment_->magic != kSegmentMagic || pair->segment_->version != kSegmentVersion ||
+      pair->segment_->shard_count != config.shards)
+    return fail(ErrorKind::kUnsupported, doing + ": its segment is of another version or damaged");
+  pair->segment_fd_ = std::move(fds[0]);
+  for (std::uint32_t i = 0; i < config.shards; ++i) {
+    pair->timers_.push_back(std::move(fds[1 + i]));
+    // The owner's tag stays named until an heir takes over, even if the owner is gone.
+    tags.adopt(owner_tag(pair->segment_->shards[i].owner.load(std::memory_order_acquire)));
+  }
+  return pair;
+}
+
+std::vector<int> Pair::keep_fds() const {
+  std::vector<int> fds{segment_fd_.get()};
+  for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
+  return fds;
+}
+
+void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector<pid_t> threads,
+                        std::vector<std::uint32_t> tags, std::vector<std::uint32_t> rings) {
+  Member& member = members_.emplace_back(Member::adopt(pid, std::move(pidfd), std::move(channel)));
+  member.threads = std::move(threads);
+  member.tags = std::move(tags);
+  member.rings = std::move(rings);
+  for (const std::uint32_t tag : member.tags) {
+    tags_.adopt(tag);
+    tag_pids_[tag] = pid;
+  }
+  if (!watch(member)) return end(member, "cannot watch it");
+  if (member.tags.size() != config_.shards || member.threads.size() != config_.shards)
+    return end(member, "it was still starting when its supervisor died");
+  for (std::uint32_t i = 0; i < config_.shards; ++i)
+    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) ++member.shards_owned;
+  const bool owns = member.shards_owned == config_.shards && !fence_.dead(member.tags[0]);
+  member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
+  if (fence_.dead(member.tags[0])) member.stage = Member::Stage::kDead;
+  if (owns) owner_pid_ = pid;
+}
+
+void Pair::adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
+                        std::vector<UniqueFd> fds) {
+  const auto begin = queue_pair_used_.begin() + first_queue_pair;
+  std::fill(begin, begin + static_cast<std::ptrdiff_t>(ports.size()), true);
+  Attached& attached = devices_[device];
+  attached.first_queue_pair = first_queue_pair;
+  attached.ports = std::move(ports);
+  attached.fds = std::move(fds);
+}
+
+void Pair::resume() {
+  const bool armed = std::any_of(members_.begin(), members_.end(),
+                                 [](const Member& member) { return member.stage == Member::Stage::kArmed; });
+  if (owner() != nullptr)
+    state_ = armed ? PairState::kPaired : PairState::kSolo;
+  else
+    state_ = armed ? PairState::kTakingOver : PairState::kStarting;
+  spdlog::info("pair {}: adopted, {}", name_, pair_state_name(state_));
+  // Our predecessor may have died before it armed them.
+  for (Member& member : members_) {
+    for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
+      if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
+  }
+  if (!armed) spawn_soon();
+  listener_.on_state(*this);
 }
 
 Pair::~Pair() {
@@ -104,6 +210,10 @@ Status Pair::make_segment() {
   segment_->version = kSegmentVersion;
   segment_->shard_count = config_.shards;
   segment_->size = sizeof(Segment);
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    timers_.emplace_back(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+    if (!timers_.back()) return fail_errno("make the watchdog's timer");
+  }
   return {};
 }
 
@@ -177,21 +287,24 @@ void Pair::spawn() {
   Member& member = members_.back();
   member.spawned_ns = now_ns();
   const pid_t pid = member.pid();
-  auto on_message = loop_.watch(member.channel().fd(), [this, pid] { on_channel(pid); });
-  auto on_exit_source = loop_.watch(member.pidfd(), [this, pid] { on_exit(pid); });
-  if (!on_message || !on_exit_source) {
-    end(member, "cannot watch it");
-    return;
-  }
-  member.on_message = std::move(*on_message);
-  member.on_exit = std::move(*on_exit_source);
+  if (!watch(member)) return end(member, "cannot watch it");
   member.start_limit = loop_.after(kStartLimit, [this, pid] {
     if (Member* late = find(pid); late != nullptr && late->stage == Member::Stage::kStarting)
       end(*late, "it did not become ready within 30 s");
   });
   spdlog::info("pair {}: started backend {}", name_, pid);
-  listener_.on_member_start(*this, member);
-  if (auto welcomed = welcome(member); !welcomed) end(member, welcomed.error().text);
+  if (auto welcomed = welcome(member); !welcomed) return end(member, welcomed.error().text);
+  listener_.on_member_change(*this, member);
+}
+
+bool Pair::watch(Member& member) {
+  const pid_t pid = member.pid();
+  auto on_message = loop_.watch(member.channel().fd(), [this, pid] { on_channel(pid); });
+  auto on_exit_source = loop_.watch(member.pidfd(), [this, pid] { on_exit(pid); });
+  if (!on_message || !on_exit_source) return false;
+  member.on_message = std::move(*on_message);
+  member.on_exit = std::move(*on_exit_source);
+  return true;
 }
 
 void Pair::end(Member& member, const std::string& why) {
@@ -213,6 +326,7 @@ Status Pair::welcome(Member& member) {
     rings.push_back(std::move(*fd));
     fds.push_back(rings.back().get());
   }
+  for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
   return member.send(ControlType::kWelcome, WelcomeBody{config_.shards, config_.polling}, fds);
 }
 
@@ -291,25 +405,43 @@ Status Pair::introduce(Member& member) {
 }
 
 void Pair::arm(Member& member) {
-  Member* owner = owner_member();
   for (std::uint32_t i = 0; i < config_.shards; ++i) {
     const std::uint32_t tag = tags_.next();
     member.tags.push_back(tag);
     tag_pids_[tag] = member.pid();
-    if (auto watched = fence_.watch(member.threads[i], tag, TANDEM_FENCE_NO_RING, member.pid()); !watched)
-      return end(member, watched.error().text);
-    if (owner != nullptr) {
-      auto set = fence_.set_ring(owner->threads[i], owner->tags[i], member.rings[i]);
-      // kGone: the owner is dead; the member will see its slot before it first sleeps.
-      if (!set && set.error().kind != ErrorKind::kGone) return end(member, set.error().text);
-    }
-    if (auto sent = member.send(ControlType::kArm, ArmBody{i, tag}); !sent) return end(member, sent.error().text);
+    if (auto set = set_poll_priority(member.threads[i], config_.nice); !set) spdlog::warn("{}", set.error().text);
   }
+  // The vault knows the tags before anyone can own under them.
+  listener_.on_member_change(*this, member);
+  for (std::uint32_t i = 0; i < config_.shards; ++i)
+    if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
 }
 
+// Watch first, confirmed; then the owner's death is to wake this member; then it may own. Doing it again changes nothing.
+Status Pair::arm_shard(Member& member, std::uint32_t shard) {
+  const pid_t thread = member.threads[shard];
+  const std::uint32_t tag = member.tags[shard];
+  if (!fence_.set_ring(thread, tag, TANDEM_FENCE_NO_RING)) {
+    if (auto watched = fence_.watch(thread, tag, TANDEM_FENCE_NO_RING, member.pid()); !watched) return watched;
+  }
+  ArmBody body{shard, tag, 0, 0};
+  std::vector<int> fds;
+  if (const Member* owner = owner_member(); owner != nullptr) {
+    auto set = fence_.set_ring(owner->threads[shard], owner->tags[shard], member.rings[shard]);
+    // kGone: the owner is dead; the member will see its slot before it first sleeps.
+    if (!set && set.error().kind != ErrorKind::kGone) return set;
+    body.owner_pid = static_cast<std::uint32_t>(owner->pid());
+    body.owner_tid = static_cast<std::uint32_t>(owner->threads[shard]);
+    fds.push_back(owner->pidfd());
+  }
+  return member.send(ControlType::kArm, body, fds);
+}
+
 void Pair::on_took_over(Member& member, const TakeoverBody& body) {
-  if (member.stage != Member::Stage::kArmed) return end(member, "it reported a takeover out of turn");
+  // A supervisor that adopted this pair may have seen from the segment what the report says only now.
+  const bool known = member.stage == Member::Stage::kOwner;
+  if (member.stage != Member::Stage::kArmed && !known) return end(member, "it reported a takeover out of turn");
   const std::uint64_t word = segment_->shards[body.shard].owner.load(std::memory_order_acquire);
   if (owner_tag(word) != member.tags[body.shard])
     return end(member, "it claims shard " + std::to_string(body.shard) + ", which the segment says another owns");
@@ -321,7 +453,7 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
     tags_.retire(previous);
     tag_pids_.erase(victim);
   }
-  if (++member.shards_owned < config_.shards) return;
+  if (known || ++member.shards_owned < config_.shards) return;
   forget_dead_tags();
   early_deaths_ = 0;
   for (Member& other : members_)
@@ -339,7 +471,9 @@ void Pair::on_exit(pid_t pid) {
   const bool was_owner = pid == owner_pid_;
   const bool early = found->stage != Member::Stage::kOwner && now_ns() - found->spawned_ns < kEarlyNs;
   const ExitStatus status = found->reap();
-  if (status.signal != 0)
+  if (!status.known)
+    spdlog::warn("pair {}: backend {}, started by an earlier tandemd, is gone", name_, pid);
+  else if (status.signal != 0)
     spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
@@ -362,7 +496,9 @@ void Pair::on_exit(pid_t pid) {
 
 void Pair::forget_watches(Member& member, bool owned) {
   for (std::size_t i = 0; i < member.tags.size(); ++i) {
-    static_cast<void>(fence_.unwatch(member.threads[i]));
+    // A death takes its own watch away; only one that is still this thread's may be removed, for the tid may name another by now.
+    if (fence_.set_ring(member.threads[i], member.tags[i], TANDEM_FENCE_NO_RING))
+      static_cast<void>(fence_.unwatch(member.threads[i]));
     // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it. A member
     // that the segment names owned too, though its own report never came.
     if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) continue;
@@ -521,6 +657,13 @@ bool Pair::kill_if_hung(const std::string& why) {
   spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, member->pid(), why);
   member->kill();
   return true;
+}
+
+void Pair::set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked) {
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    segment_->shards[i].spin_limit_ns.store(static_cast<std::uint64_t>(spin.count()), std::memory_order_relaxed);
+    segment_->shards[i].blocked_limit_ns.store(static_cast<std::uint64_t>(blocked.count()), std::memory_order_relaxed);
+  }
 }
 
 Status Pair::drill(DrillFault fault) {

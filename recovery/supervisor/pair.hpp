@@ -31,6 +31,8 @@ namespace tandem {
 class TagSource {
  public:
   std::uint32_t next();
+  /// A tag that a dead supervisor gave out and that may still be named.
+  void adopt(std::uint32_t tag);
   void retire(std::uint32_t tag);
 
  private:
@@ -53,13 +55,19 @@ class Pair {
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
-    virtual void on_member_start(Pair& pair, Member& member) = 0;
+    /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
+    virtual void on_member_change(Pair& pair, Member& member) = 0;
     virtual void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) = 0;
     virtual void on_state(Pair& pair) = 0;
   };
 
   static Result<std::unique_ptr<Pair>> make(std::string name, const Config& config, std::string backend_path, EventLoop& loop,
                                             Fence& fence, TagSource& tags, Listener& listener);
+  /// A pair that a dead supervisor made, still without members and devices. `fds`: the segment, then the shards' timers, as keep_fds()
+  /// gave them to the vault.
+  static Result<std::unique_ptr<Pair>> adopt(std::string name, std::vector<UniqueFd> fds, const Config& config,
+                                             std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
+                                             Listener& listener);
   ~Pair();
   Pair(const Pair&) = delete;
   Pair& operator=(const Pair&) = delete;
@@ -68,8 +76,23 @@ class Pair {
   [[nodiscard]] PairState state() const { return state_; }
   [[nodiscard]] Segment& segment() const { return *segment_; }
   [[nodiscard]] const std::list<Member>& members() const { return members_; }
+  template <class Visitor>
+  void each_member(Visitor visit) {
+    for (Member& member : members_) visit(member);
+  }
   [[nodiscard]] const Member* owner() const;
   [[nodiscard]] const Member* heir() const;
+
+  /// What must outlive the supervisor, for the vault.
+  [[nodiscard]] std::vector<int> keep_fds() const;
+  /// A member of a dead supervisor. What it is follows from the segment: the owner, or else (with `tags`) an armed heir; one that was
+  /// still starting is ended. Then adopt devices, then resume().
+  void adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector<pid_t> threads,
+                    std::vector<std::uint32_t> tags, std::vector<std::uint32_t> rings);
+  void adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
+                    std::vector<UniqueFd> fds);
+  /// Goes on from what was adopted: enters the state that the members make, and starts what is missing.
+  void resume();
 
   void start() { step(PairEvent::kStart); }
   /// Kills all members; on_state() reports kStopped once the last one is reaped.
@@ -93,6 +116,8 @@ class Pair {
   /// An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
   Status drill(DrillFault fault);
+  /// How long an owner may stand still before its heir ends it; 0: not watched.
+  void set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked);
 
  private:
   struct Attached {
@@ -111,7 +136,9 @@ class Pair {
   void step(PairEvent event);
   void spawn_soon();
   void spawn();
+  bool watch(Member& member);
   void arm(Member& member);
+  Status arm_shard(Member& member, std::uint32_t shard);
   Status welcome(Member& member);
   Status introduce(Member& member);
   void end(Member& member, const std::string& why);
@@ -139,6 +166,7 @@ class Pair {
   PairState state_ = PairState::kStopped;
   UniqueFd segment_fd_;
   Mapping segment_mapping_;
+  std::vector<UniqueFd> timers_;  // the shards' dead man's switches (vhost-net-backend/watchdog.hpp)
   Segment* segment_ = nullptr;
   bool hugepages_ = false;
   std::list<Member> members_;

@@ -10,10 +10,8 @@
 #include <pwd.h>
 #include <sys/file.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#include <csignal>
 #include <cstring>
 #include <ctime>
 #include <filesystem>
@@ -31,6 +29,7 @@ using namespace std::chrono_literals;
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
 // An incident is closed this long after its takeover even if no packet came.
 constexpr auto kIncidentOpen = 2s;
+constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
   timespec now{};
@@ -45,25 +44,8 @@ std::string socket_name(const std::string& mac) {
   return name + ".sock";
 }
 
-std::string nic_key(const std::string& mac) { return "nic/" + mac; }
 std::string device_key(const std::string& mac, std::uint32_t item) {
   return "device/" + mac + "/" + std::to_string(item);
-}
-std::string member_key(const std::string& pair, pid_t pid) { return "member/" + pair + "/" + std::to_string(pid); }
-
-std::span<const std::byte> as_blob(const std::string& text) { return std::as_bytes(std::span(text)); }
-
-nlohmann::json nic_to_json(const Nic& nic) {
-  return {{"mac", nic.option.mac},
-          {"pair", nic.option.pair},
-          {"uplink_kind", static_cast<int>(nic.option.uplink.kind)},
-          {"uplink_name", nic.option.uplink.name},
-          {"spin_ns", nic.option.watchdog.spin.count()},
-          {"blocked_ns", nic.option.watchdog.blocked.count()},
-          {"queues", nic.option.queues},
-          {"socket_path", nic.option.socket_path},
-          {"domain", nic.domain},
-          {"uuid", nic.domain_uuid}};
 }
 
 }  // namespace
@@ -81,13 +63,10 @@ Result<std::unique_ptr<Supervisor>> Supervisor::start(Config config, EventLoop& 
                   "tandem-vault --supervise)",
                   std::move(vault.error()));
   self->vault_ = std::move(*vault);
-  if (auto cleaned = self->clean_up_predecessor(); !cleaned) return within("start tandemd", std::move(cleaned.error()));
-  auto fence = Fence::load(self->config_.pin_dir);
-  if (!fence) return within("start tandemd: load the fence", std::move(fence.error()));
-  self->fence_ = std::move(*fence);
   auto incidents = IncidentLog::open(self->config_.incident_dir);
   if (!incidents) return within("start tandemd", std::move(incidents.error()));
   self->incidents_ = std::move(*incidents);
+  if (auto taken = self->take_over_from_predecessor(); !taken) return within("start tandemd", std::move(taken.error()));
   auto watch = loop.watch(self->vault_->fd(), [raw = self.get()] { raw->dispatch_vault(); });
   if (!watch) return tl::make_unexpected(std::move(watch.error()));
   self->vault_watch_ = std::move(*watch);
@@ -120,50 +99,10 @@ Status Supervisor::prepare_directories() {
   return {};
 }
 
-// What a dead predecessor left: its backends (by the pidfds it had put into the vault), its network devices. NICs whose front end
-// is still connected are remembered and provisioned again.
-Status Supervisor::clean_up_predecessor() {
-  auto items = vault_->fetch_all();
-  if (!items) return within("read the vault", std::move(items.error()));
-  for (VaultItem& item : *items) {
-    if (item.key.starts_with("member/") && !item.fds.empty()) {
-      ::syscall(SYS_pidfd_send_signal, item.fds[0].get(), SIGKILL, nullptr, 0);
-      spdlog::warn("ended a backend of a dead tandemd ({})", item.key);
-      static_cast<void>(vault_->del(item.key));
-    } else if (item.key.starts_with("nic/")) {
-      const std::string text(reinterpret_cast<const char*>(item.blob.data()), item.blob.size());
-      const auto json = nlohmann::json::parse(text, nullptr, false);
-      if (!json.is_object()) continue;
-      SavedNic saved;
-      saved.option.mac = json.value("mac", "");
-      saved.option.pair = json.value("pair", "default");
-      saved.option.uplink.kind = static_cast<UplinkOption::Kind>(json.value("uplink_kind", 0));
-      saved.option.uplink.name = json.value("uplink_name", "");
-      saved.option.watchdog.spin = std::chrono::nanoseconds(json.value("spin_ns", std::int64_t{5'000'000}));
-      saved.option.watchdog.blocked = std::chrono::nanoseconds(json.value("blocked_ns", std::int64_t{5'000'000}));
-      saved.option.queues = json.value("queues", 1u);
-      saved.option.socket_path = json.value("socket_path", "");
-      saved.domain = json.value("domain", "");
-      saved.uuid = json.value("uuid", "");
-      saved_[saved.option.mac] = saved;
-    }
-  }
-  static_cast<void>(vault_->del_prefix("device/"));
-  // Nobody answers there any more. NICs that are provided again get theirs anew.
-  std::error_code ignored;
-  for (const auto& entry : std::filesystem::directory_iterator(config_.nic_socket_dir(), ignored))
-    if (entry.is_socket(ignored)) std::filesystem::remove(entry.path(), ignored);
-  auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink");
-  if (!removed) return within("remove uplinks of a dead tandemd", std::move(removed.error()));
-  for (const std::string& what : *removed) spdlog::warn("removed {} of a dead tandemd", what);
-  return {};
-}
-
 void Supervisor::shut_down() {
   if (stopping_) return;
   stopping_ = true;
   if (nics_.empty()) {
-    for (const auto& [mac, saved] : saved_) static_cast<void>(vault_->unlisten(mac));
     static_cast<void>(vault_->del_prefix(""));
     while (vault_->queued() > 0 && vault_->dispatch(*this)) {
     }
@@ -171,11 +110,12 @@ void Supervisor::shut_down() {
     std::error_code ignored;
     std::filesystem::remove(config_.run_dir + "/tandemd.lock", ignored);
     std::filesystem::remove(config_.nic_socket_dir(), ignored);
+    std::filesystem::remove_all(config_.dpdk_dir(), ignored);
     spdlog::info("tandemd ends; nothing is left behind");
   } else {
     for (auto& [mac, nic] : nics_)
       if (nic.uplink) nic.uplink->leave_in_place();
-    spdlog::warn("tandemd ends while {} NICs are served: their pairs go on without it; start it again soon", nics_.size());
+    spdlog::warn("tandemd ends while {} NICs are served: their pairs go on without it, a new one adopts them", nics_.size());
     // Pairs kill their members when they go; these must not.
     for (auto& [name, pair] : pairs_) static_cast<void>(pair.release());
     pairs_.clear();
@@ -185,10 +125,51 @@ void Supervisor::shut_down() {
 
 void Supervisor::dispatch_vault() {
   if (auto dispatched = vault_->dispatch(*this); !dispatched) {
-    // Every QEMU has lost its connection with the vault: end, so that both start afresh.
-    spdlog::critical("talk to tandem-vault: {}; tandemd ends, start both again", dispatched.error().text);
-    loop_.quit();
+    spdlog::critical("talk to tandem-vault: {}; every QEMU has lost its connection and will reconnect",
+                     dispatched.error().text);
+    vault_watch_.reset();
+    vault_lost_ns_ = now_ns();
+    find_new_vault();
   }
+}
+
+// The vault is gone, and with it QEMU's connections. Pairs and uplinks are whole: give a new vault everything, and let QEMU in again.
+void Supervisor::find_new_vault() {
+  auto vault = VaultClient::connect(config_.vault_socket(), std::chrono::milliseconds(20));
+  if (!vault) {
+    if (now_ns() - vault_lost_ns_ > kVaultLimitNs) {
+      spdlog::critical("no new tandem-vault within 30 s: {}; tandemd ends, start both again", vault.error().text);
+      return loop_.quit();
+    }
+    soon_["vault"] = loop_.after(50ms, [this] { find_new_vault(); });
+    return;
+  }
+  vault_ = std::move(*vault);
+  auto watch = loop_.watch(vault_->fd(), [this] { dispatch_vault(); });
+  if (!watch) {
+    spdlog::critical("{}", watch.error().text);
+    return loop_.quit();
+  }
+  vault_watch_ = std::move(*watch);
+  for (auto& [name, pair] : pairs_) {
+    save_pair(*pair);
+    pair->each_member([&](Member& member) { on_member_change(*pair, member); });
+  }
+  for (auto& [mac, nic] : nics_) {
+    if (nic.releasing) continue;
+    nic.pending.reset();
+    nic.connected = false;
+    nic.device->disconnect();
+    describe(nic);
+    Status told = save_nic(nic);
+    for (const SavedItem& item : nic.device->save())
+      if (told) told = vault_->put(device_key(mac, item.item), item.bytes, item.fds);
+    auto socket = open_nic_socket(mac);
+    if (told && socket) told = vault_->listen(mac, socket->get());
+    if (!told || !socket)
+      spdlog::error("NIC {}: let QEMU connect again: {}", mac, socket ? told.error().text : socket.error().text);
+  }
+  spdlog::warn("attached to a new tandem-vault; {} NICs wait for QEMU to reconnect", nics_.size());
 }
 
 // ---- NICs ----
@@ -218,7 +199,31 @@ Result<Pair*> Supervisor::pair_for(const std::string& name) {
   if (!backend) return tl::make_unexpected(std::move(backend.error()));
   auto pair = Pair::make(name, config_, *backend, loop_, *fence_, tags_, *this);
   if (!pair) return tl::make_unexpected(std::move(pair.error()));
+  save_pair(**pair);
   return (pairs_[name] = std::move(*pair)).get();
+}
+
+UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
+  UplinkConfig uplink;
+  uplink.kind = option.uplink.kind == UplinkOption::Kind::kBridge ? UplinkKind::kBridge : UplinkKind::kDev;
+  uplink.name = option.uplink.name;
+  uplink.mac = option.mac;
+  uplink.queue_pairs = option.queues;
+  uplink.instance = config_.instance;
+  uplink.pin_dir = config_.pin_dir + "/uplink";
+  return uplink;
+}
+
+// The socket that QEMU connects to; the account QEMU runs as owns it, so that nobody else connects.
+Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
+  const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
+  const group* group = config_.socket_group.empty() ? nullptr : ::getgrnam(config_.socket_group.c_str());
+  if (!config_.socket_user.empty() && user == nullptr)
+    return fail(ErrorKind::kInvalid, "there is no account \"" + config_.socket_user +
+                                         "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
+  return listen_unix(config_.nic_socket_dir() + "/" + socket_name(mac), 0660,
+                     user == nullptr ? 0 : static_cast<int>(user->pw_uid),
+                     group == nullptr ? -1 : static_cast<int>(group->gr_gid));
 }
 
 Status Supervisor::provision(const DomainOption& domain, const NicOption& option) {
@@ -235,13 +240,7 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   nic.domain = domain.name;
   nic.domain_uuid = domain.uuid;
   nic.pair = *pair;
-  UplinkConfig uplink;
-  uplink.kind = option.uplink.kind == UplinkOption::Kind::kBridge ? UplinkKind::kBridge : UplinkKind::kDev;
-  uplink.name = option.uplink.name;
-  uplink.mac = option.mac;
-  uplink.queue_pairs = option.queues;
-  uplink.instance = config_.instance;
-  uplink.pin_dir = config_.pin_dir + "/uplink";
+  const UplinkConfig uplink = uplink_config(option);
   auto opened = Uplink::open(uplink);
   if (!opened) {
     stop_pair_if_unused(option.pair);
@@ -262,23 +261,13 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   if (!made) return within(doing, std::move(made.error()));
   nic.device.emplace(std::move(*made));
 
-  const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
-  const group* group = config_.socket_group.empty() ? nullptr : ::getgrnam(config_.socket_group.c_str());
-  if (!config_.socket_user.empty() && user == nullptr)
-    return fail(ErrorKind::kInvalid, doing + ": there is no account \"" + config_.socket_user +
-                                         "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
-  const std::string path = config_.nic_socket_dir() + "/" + socket_name(option.mac);
-  auto socket = listen_unix(path, 0660, user == nullptr ? 0 : static_cast<int>(user->pw_uid),
-                            group == nullptr ? -1 : static_cast<int>(group->gr_gid));
+  auto socket = open_nic_socket(option.mac);
   if (!socket) return within(doing, std::move(socket.error()));
 
   std::vector<UniqueFd> fds;
   for (const int fd : nic.uplink->descriptors()) fds.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
   (*pair)->attach(nic.device_index, nic.first_queue_pair, nic.uplink->descriptions(), std::move(fds));
-  const std::string saved = nic_to_json(nic).dump();
-  std::vector<int> keep = nic.uplink->descriptors();
-  for (const int fd : nic.uplink->keep_fds()) keep.push_back(fd);
-  if (auto put = vault_->put(nic_key(option.mac), as_blob(saved), keep); !put) return within(doing, std::move(put.error()));
+  if (auto saved = save_nic(nic); !saved) return within(doing, std::move(saved.error()));
   if (auto listening = vault_->listen(option.mac, socket->get()); !listening)
     return within(doing, std::move(listening.error()));
   Nic& stored = nics_.emplace(option.mac, std::move(nic)).first->second;
@@ -286,10 +275,24 @@ Status Supervisor::provision(const DomainOption& domain, const NicOption& option
   // The empty description: a generation is in force from the beginning, so every later wait has something to wait for.
   save(stored);
   describe(stored);
+  set_hang_limits(**pair);
   (*pair)->start();
   spdlog::info("NIC {} of domain {}: uplink {} ({}), {} queue pairs, pair {}", option.mac, domain.name,
                option.uplink.name, stored.uplink->netdev(), option.queues, option.pair);
   return {};
+}
+
+// The strictest limits of the NICs that a pair serves.
+void Supervisor::set_hang_limits(Pair& pair) {
+  WatchdogOption limits{std::chrono::nanoseconds::max(), std::chrono::nanoseconds::max()};
+  bool any = false;
+  for (const auto& [mac, nic] : nics_) {
+    if (nic.pair != &pair) continue;
+    any = true;
+    limits.spin = std::min(limits.spin, nic.option.watchdog.spin);
+    limits.blocked = std::min(limits.blocked, nic.option.watchdog.blocked);
+  }
+  if (any) pair.set_hang_limits(limits.spin, limits.blocked);
 }
 
 void Supervisor::watch_uplink(Nic& nic) {
@@ -335,7 +338,9 @@ void Supervisor::finish_release(std::string mac) {
   nics_.erase(found);
   nic.uplink_watch.reset();
   nic.pair->release(nic.device_index);
-  static_cast<void>(vault_->del(nic_key(mac)));
+  set_hang_limits(*nic.pair);
+  static_cast<void>(vault_->del("nic/" + mac));
+  static_cast<void>(vault_->del("ports/" + mac));
   static_cast<void>(vault_->del_prefix("device/" + mac + "/"));
   if (auto closed = nic.uplink->close(); !closed) spdlog::warn("NIC {}: {}", mac, closed.error().text);
   spdlog::info("NIC {} of domain {}: released", mac, nic.domain);
@@ -362,7 +367,10 @@ void Supervisor::stop_pair_if_unused(const std::string& name) {
 
 void Supervisor::on_pair_empty(const std::string& name) {
   const auto found = pairs_.find(name);
-  if (found != pairs_.end() && found->second->empty() && found->second->state() == PairState::kStopped) pairs_.erase(found);
+  if (found != pairs_.end() && found->second->empty() && found->second->state() == PairState::kStopped) {
+    static_cast<void>(vault_->del("pair/" + name));
+    pairs_.erase(found);
+  }
   for (auto& done : std::exchange(when_stopped_[name], {})) done();
 }
 
@@ -391,7 +399,7 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.victim_pid = victim;
   incident.heir_pid = heir;
   if (const auto exit = exits_.find(victim); exit != exits_.end()) {
-    incident.reaped = true;
+    incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
@@ -408,18 +416,13 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
   }
 }
 
-void Supervisor::on_member_start(Pair& pair, Member& member) {
-  const int fds[] = {member.pidfd(), member.channel().fd()};
-  static_cast<void>(vault_->put(member_key(pair.name(), member.pid()), as_blob(std::to_string(member.pid())), fds));
-}
-
 void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
-  static_cast<void>(vault_->del(member_key(pair.name(), pid)));
+  static_cast<void>(vault_->del("member/" + pair.name() + "/" + std::to_string(pid)));
   exits_[pid] = status;
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
     if (incident.victim_pid != pid || incident.reaped) continue;
-    incident.reaped = true;
+    incident.reaped = status.known;
     incident.exit_signal = status.signal;
     incident.exit_status = status.status;
     if (incident.timeline.first_transaction_ns != 0) close_incident(incident.id);
@@ -460,32 +463,16 @@ void Supervisor::save_incident(const Incident& incident) {
 // ---- vhost-user ----
 
 void Supervisor::on_listening(const std::string& nic) {
-  if (!nics_.contains(nic) && !saved_.contains(nic)) static_cast<void>(vault_->unlisten(nic));
+  // One that a dead predecessor had begun to provide or to release.
+  if (!nics_.contains(nic)) static_cast<void>(vault_->unlisten(nic));
 }
 
 void Supervisor::on_connected(const std::string& mac, std::uint64_t connection) {
-  if (const auto saved = saved_.find(mac); saved != saved_.end()) saved->second.connected = true;
   const auto found = nics_.find(mac);
   if (found == nics_.end()) return;
   found->second.connected = true;
   found->second.connection = connection;
   spdlog::info("NIC {}: QEMU connected", mac);
-}
-
-// A predecessor's NICs: those whose guest is still there are provided anew (QEMU reconnects to the same path), the others are not.
-void Supervisor::on_announced() {
-  for (const auto& [mac, saved] : std::exchange(saved_, {})) {
-    static_cast<void>(vault_->unlisten(mac));
-    static_cast<void>(vault_->del(nic_key(mac)));
-    if (!saved.connected) continue;
-    DomainOption domain;
-    domain.name = saved.domain;
-    domain.uuid = saved.uuid;
-    if (auto provided = provision(domain, saved.option); !provided)
-      spdlog::error("{}", provided.error().text);
-    else
-      spdlog::warn("NIC {} of domain {}: provided again after a restart; its link was down for a moment", mac, saved.domain);
-  }
 }
 
 void Supervisor::on_error(const std::string& text) { spdlog::error("tandem-vault refused a request: {}", text); }

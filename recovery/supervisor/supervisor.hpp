@@ -35,7 +35,6 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void on_message(RelayedMessage message) override;
   void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) override;
   void on_listening(const std::string& nic) override;
-  void on_announced() override;
   void on_error(const std::string& text) override;
 
   // Pair::Listener
@@ -43,7 +42,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void on_detached(Pair& pair, std::uint32_t device) override;
   void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) override;
   void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
-  void on_member_start(Pair& pair, Member& member) override;
+  void on_member_change(Pair& pair, Member& member) override;
   void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) override;
   void on_state(Pair& pair) override;
 
@@ -60,16 +59,19 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
     ControlServer::Answer answer;
     EventLoop::Timer limit;
   };
-  struct SavedNic {
-    NicOption option;
-    std::string domain, uuid;
-    bool connected = false;
-  };
 
   Supervisor(Config config, EventLoop& loop) : config_(std::move(config)), loop_(loop) {}
   Status prepare_directories();
-  Status clean_up_predecessor();
+  // supervisor_adoption.cpp: what a dead predecessor left in the vault
+  Status take_over_from_predecessor();
+  Status adopt(std::vector<VaultItem>& items);
+  Status adopt_pairs(std::vector<VaultItem>& items);
+  Status adopt_nic(VaultItem& item, std::vector<VaultItem>& items);
+  Status clean_up(std::vector<VaultItem>& items);
+  void save_pair(const Pair& pair);
+  Status save_nic(const Nic& nic);
   void dispatch_vault();
+  void find_new_vault();
 
   // supervisor_requests.cpp: what operators and the hook ask for
   void on_request(const nlohmann::json& request, const ControlServer::Answer& answer);
@@ -87,7 +89,10 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Status provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
+  Result<UniqueFd> open_nic_socket(const std::string& mac) const;
+  UplinkConfig uplink_config(const NicOption& option) const;
   void watch_uplink(Nic& nic);
+  void set_hang_limits(Pair& pair);
   void release(const std::string& mac, std::function<void()> done);
   void finish_release(std::string mac);
   void stop_pair_if_unused(const std::string& name);
@@ -119,12 +124,12 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::map<std::string, Nic> nics_;  // by MAC
   std::list<Provisioning> provisioning_;
   std::list<Drill> drills_;
-  std::map<std::string, SavedNic> saved_;                     // a predecessor's NICs, until on_announced()
   std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
   std::map<pid_t, ExitStatus> exits_;                         // of members whose takeover report may still come
   std::map<std::string, EventLoop::Timer> soon_;
   std::map<std::string, std::vector<std::function<void()>>> when_stopped_;  // by pair
   std::unique_ptr<ControlServer> server_;
+  std::uint64_t vault_lost_ns_ = 0;
   bool stopping_ = false;
 };
 

@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <fstream>
 #include <filesystem>
 
 #include "recovery/fence/kernel_version.hpp"
@@ -73,6 +75,47 @@ Result<Uplink> Uplink::open(const UplinkConfig& config) {
   if (auto opened = bridge ? uplink.open_bridge() : uplink.open_dev(); !opened)
     return within(doing, std::move(opened.error()));
   return uplink;
+}
+
+Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& record,
+                             std::span<const XskDescription> queues, std::vector<UniqueFd> fds) {
+  const std::string doing = "adopt uplink " + config.name + " (" + record.netdev + ")";
+  if (fds.size() < kXskFdsPerQueue * queues.size())
+    return fail(ErrorKind::kInvalid, doing + ": sockets are missing");
+  auto mac = normalized_mac(config.mac);
+  if (!mac) return within(doing, std::move(mac.error()));
+  auto rtnetlink = Rtnetlink::open();
+  if (!rtnetlink) return within(doing, std::move(rtnetlink.error()));
+  auto monitor = LinkMonitor::open();
+  if (!monitor) return within(doing, std::move(monitor.error()));
+  Uplink uplink{config, std::move(*rtnetlink)};
+  uplink.config_.mac = *mac;
+  uplink.monitor_ = std::move(*monitor);
+  const bool bridge = config.kind == UplinkKind::kBridge;
+  const std::string& above = bridge ? config.name : record.netdev;
+  for (auto [state, name] : {std::pair{&uplink.ours_, &record.netdev}, std::pair{&uplink.above_, &above},
+                             std::pair{&uplink.port_, bridge ? &record.port : &record.netdev}}) {
+    auto found = existing(uplink.rtnetlink_, *name);
+    if (!found) return within(doing, std::move(found.error()));
+    *state = std::move(*found);
+  }
+  auto redirect = XdpRedirect::adopt(config.pin_dir + "/" + pin_name(record.netdev));
+  if (!redirect) return within(doing, std::move(redirect.error()));
+  uplink.redirect_ = std::move(*redirect);
+  for (std::size_t i = 0; i < queues.size(); ++i)
+    uplink.queues_.emplace_back(queues[i], std::move(fds[2 * i]), std::move(fds[2 * i + 1]));
+  if (fds.size() > 2 * queues.size()) uplink.membership_ = std::move(fds[2 * queues.size()]);
+  uplink.mtu_ = record.mtu;
+  uplink.was_down_ = record.was_down;
+  uplink.channels_changed_ = record.channels_changed;
+  uplink.channels_before_ = record.channels_before;
+  uplink.features_before_ = record.features_before;
+  uplink.owned_.set();
+  return uplink;
+}
+
+UplinkRecord Uplink::record() const {
+  return {ours_.name, port_.name, mtu_, was_down_, channels_changed_, channels_before_, features_before_};
 }
 
 Uplink::~Uplink() { (void)close(); }
@@ -164,7 +207,30 @@ Status Uplink::prepare_veth_ends() {
     if (feature.active && feature.changeable && feature.name.starts_with(kPortFeaturesOff.front()))
       return fail(ErrorKind::kUnsupported, "switch " + feature.name + " of " + port_.name +
                                                " off: the kernel keeps it on, frames would reach the guest unfinished");
+  keep_order();
   return {};
+}
+
+// The host queues the frames that a veth receives per CPU of the sender (net/core/dev.c, netif_rx). An heir mostly runs on another
+// CPU than the dead owner did, and its first frames could overtake the owner's last ones. Receive packet steering to one CPU per
+// queue keeps each queue in one line.
+void Uplink::keep_order() {
+  const long cpus = std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN));
+  for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {
+    const std::string path = "/sys/class/net/" + port_.name + "/queues/rx-" + std::to_string(queue) + "/rps_cpus";
+    const auto cpu = static_cast<unsigned>(queue % cpus);
+    char mask[16];
+    std::snprintf(mask, sizeof mask, "%x", 1u << (cpu % 32));
+    std::string words = mask;
+    for (unsigned word = 0; word < cpu / 32; ++word) words += ",00000000";
+    std::ofstream file(path);
+    file << words << std::flush;
+    if (file) continue;
+    notes_.push_back("steer frames of " + port_.name + " to one CPU per queue (" + path +
+                     "): not possible here; after a failover the bridge may see frames out of order. The kernel needs "
+                     "CONFIG_RPS, and /sys must show the network namespace that tandemd runs in");
+    return;
+  }
 }
 
 Status Uplink::open_dev() {

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -59,12 +60,29 @@ class OwnedFlag {
   bool set_ = false;
 };
 
+/// What an uplink must remember beside its descriptors, for a supervisor that adopts it.
+struct UplinkRecord {
+  std::string netdev, port;
+  std::uint32_t mtu = 0;
+  // dev=: what close() puts back
+  bool was_down = false;
+  bool channels_changed = false;
+  Channels channels_before;
+  std::vector<std::string> features_before;
+};
+
 /// Cleans up when it goes, unless leave_in_place() was called.
 class Uplink {
  public:
   /// kInvalid: the configuration does not fit the host (bridge missing, name taken, MTU too large); the text says what
   /// to change. Whatever was made before a failure is removed again.
   static Result<Uplink> open(const UplinkConfig& config);
+
+  /// Goes on with what a dead supervisor opened with the same `config`. `fds`: its descriptors(), then its keep_fds(). kGone: the
+  /// netdev or its pins are not there any more.
+  static Result<Uplink> adopt(const UplinkConfig& config, const UplinkRecord& record,
+                              std::span<const XskDescription> queues, std::vector<UniqueFd> fds);
+  [[nodiscard]] UplinkRecord record() const;
 
   /// Removes every veth and pin that uplinks of `instance` left behind, at a clean start (no pair runs). Returns what
   /// it removed, for the log.
@@ -105,6 +123,7 @@ class Uplink {
   Status open_bridge();
   Status add_veth();
   Status prepare_veth_ends();
+  void keep_order();
   Status connect_port();
   Status open_dev();
   Status match_channels();

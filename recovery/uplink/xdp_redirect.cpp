@@ -65,6 +65,17 @@ Status XdpRedirect::add(std::uint32_t queue, int socket_fd) {
   return {};
 }
 
+Result<XdpRedirect> XdpRedirect::adopt(const std::string& pin_dir) {
+  XdpRedirect adopted;
+  for (auto [fd, name] : {std::pair{&adopted.link_, "/link"}, std::pair{&adopted.map_, "/sockets"}}) {
+    auto opened = open_pin(pin_dir + name);
+    if (!opened) return tl::make_unexpected(std::move(opened.error()));
+    *fd = std::move(*opened);
+  }
+  adopted.pin_dir_ = pin_dir;
+  return adopted;
+}
+
 Status XdpRedirect::unpin() { return pin_dir_.empty() ? Status{} : remove_pin_directory(pin_dir_); }
 
 }  // namespace tandem

@@ -21,6 +21,9 @@ class XdpRedirect {
   /// dropped.
   static Result<XdpRedirect> attach(std::uint32_t ifindex, bool pass_host_traffic, const std::string& pin_dir);
 
+  /// What a dead supervisor attached and pinned in `pin_dir`. kGone: nothing is pinned there.
+  static Result<XdpRedirect> adopt(const std::string& pin_dir);
+
   /// Puts a bound socket in the map. The kernel takes it out when its last holder closes it.
   Status add(std::uint32_t queue, int socket_fd);
   Status unpin();

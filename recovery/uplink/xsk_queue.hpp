@@ -30,6 +30,10 @@ class XskQueue {
   /// `zero_copy`, which takes zero-copy if the driver has it. Needs CAP_NET_RAW, and CAP_IPC_LOCK for the pinned UMEM.
   static Result<XskQueue> open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size, bool zero_copy);
 
+  /// A queue that another process made.
+  XskQueue(const XskDescription& description, UniqueFd socket, UniqueFd umem) noexcept
+      : socket_(std::move(socket)), umem_(std::move(umem)), description_(description) {}
+
   [[nodiscard]] const XskDescription& description() const noexcept { return description_; }
   [[nodiscard]] int socket_fd() const noexcept { return socket_.get(); }
   [[nodiscard]] int umem_fd() const noexcept { return umem_.get(); }

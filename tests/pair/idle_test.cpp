@@ -68,7 +68,8 @@ TEST_CASE("an idle pair with an idle guest sleeps") {
         100.0 * static_cast<double>(after.ticks - before.ticks) / (kSeconds * static_cast<double>(::sysconf(_SC_CLK_TCK)));
     std::printf("idle pair: %.2f %% of a core, %.1f wake-ups a second, both backends together (target: under 2 %%)\n", percent,
                 static_cast<double>(after.switches - before.switches) / kSeconds);
-    CHECK(after.switches - before.switches <= 5 * kSeconds);
+    // The standby looks ten times a second whether its owner sleeps through work; nothing else wakes either of them.
+    CHECK(after.switches - before.switches <= 12 * kSeconds);
     CHECK(percent <= 2.0);
     CHECK(host.pair()["active"]["state"] == "asleep");
     // It wakes at a packet from either side.

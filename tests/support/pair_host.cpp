@@ -106,7 +106,10 @@ std::size_t descriptor_count(pid_t pid) { return entries("/proc/" + std::to_stri
 std::string proc_status(pid_t pid, const std::string& field) {
   std::istringstream status(read_file("/proc/" + std::to_string(pid) + "/status"));
   for (std::string line; std::getline(status, line);)
-    if (line.starts_with(field + ":")) return line.substr(line.find_first_not_of(" \t", field.size() + 1));
+    if (line.starts_with(field + ":")) {
+      const std::size_t value = line.find_first_not_of(" \t", field.size() + 1);
+      return value == std::string::npos ? std::string{} : line.substr(value);
+    }
   return {};
 }
 

@@ -89,7 +89,7 @@ def check_arrivals(report):
 def check_report(case, status, report):
     column = {"loss": "lost", "duplicates": "duplicated", "reordering": "reordered", "corruption": "corrupt"}.get(case)
     for direction, udp in report["udp"].items():
-        assert udp["sent"] > 1000, f"{direction}: only {udp['sent']} datagrams in two seconds"
+        assert udp["sent"] > 50, f"{direction}: only {udp['sent']} datagrams in two seconds"
         for name in ("lost", "duplicated", "reordered", "corrupt"):
             # A datagram that arrived changed is one that is missing as well.
             expected = name == column or (case == "corruption" and name == "lost")

@@ -180,7 +180,7 @@ TEST_CASE("the end of an uplink in use is noticed and explained") {
         Row{"ip link set tdm123456b nomaster", "taken out of the bridge"},
         Row{"ip link set tdm123456b down", "set down"}, Row{"ip link set tdm123456a down", "set down"}}) {
     INFO(row.command);
-    REQUIRE(::unshare(CLONE_NEWNET) == 0);
+    REQUIRE(enter_network());
     make_bridge();
     Uplink uplink = open_uplink(bridge_config());
     REQUIRE_OK(uplink.check());

@@ -125,7 +125,7 @@ TEST_CASE("one call sends 32 frames; calling until TX is empty sends all, in ord
 TEST_CASE("frames longer than an ordinary one fit when the bridge's MTU asks for it") {
   SKIP_UNLESS_UPLINK();
   for (const auto& [mtu, largest] : {std::pair{"3000", 3000u}, std::pair{"3818", 3818u}}) {
-    REQUIRE(::unshare(CLONE_NEWNET) == 0);
+    REQUIRE(enter_network());
     make_bridge(mtu);
     const Uplink uplink = open_uplink(bridge_config());
     CHECK(uplink.descriptions()[0].frame_size == kXskLargeFrame);

@@ -25,10 +25,15 @@ using Frame = std::vector<std::uint8_t>;
 
 inline bool run(const std::string& command) { return std::system((command + " >/dev/null 2>&1").c_str()) == 0; }
 
+/// A network namespace of this process's own, and a /sys that shows it (its queues' settings are there).
+inline bool enter_network() {
+  return ::unshare(CLONE_NEWNET) == 0 && run("mount -t sysfs sysfs /sys") && run("mount -t bpf bpf /sys/fs/bpf");
+}
+
 /// Why uplinks cannot be tested here; empty if they can.
 inline std::string prepare_network() {
   if (std::string reason = prepare_host(); !reason.empty()) return reason;
-  if (::unshare(CLONE_NEWNET) != 0) return "needs network namespaces (CONFIG_NET_NS)";
+  if (!enter_network()) return "needs network namespaces (CONFIG_NET_NS)";
   if (!run("ip link add br0 type bridge") || !run("ip link del br0")) return "needs the ip command and bridges";
   const UniqueFd socket{::socket(AF_XDP, SOCK_RAW, 0)};
   return socket ? std::string{} : std::string{"needs AF_XDP (CONFIG_XDP_SOCKETS)"};

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stepping an owner through a burst and heirs through their takeover.
+#include "tests/crash-points/crash_trial.hpp"
+
+#include <chrono>
+#include <cstring>
+
+#include "tests/crash-points/single_step.hpp"
+
+namespace tandem::test {
+
+namespace {
+
+// Incarnations: the one of the warm-up, the owner that is stepped, the heir that is stepped, and the one that finishes.
+enum Tag : std::uint32_t { kWarmTag = 1, kOwnerTag = 2, kHeirTag = 3, kLastTag = 4 };
+
+std::uint64_t hash(const Snapshot& bytes, std::uint64_t salt) {
+  std::uint64_t value = bytes.size() + salt;
+  std::size_t i = 0;
+  for (; i + 8 <= bytes.size(); i += 8) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, bytes.data() + i, 8);
+    value = (value ^ word) * 0x9e3779b97f4a7c15u;
+    value ^= value >> 29;
+  }
+  for (; i < bytes.size(); ++i) value = (value ^ std::to_integer<std::uint64_t>(bytes[i])) * 0x9e3779b97f4a7c15u;
+  return value ^ value >> 32;
+}
+
+// Takes a snapshot; false if nothing differs from what `snapshot` holds already.
+bool refresh(const EngineWorld& world, Snapshot& snapshot) {
+  std::size_t at = 0;
+  bool differs = false;
+  for (const auto part : world.parts()) {
+    if (snapshot.size() < at + part.size()) {
+      snapshot.resize(at + part.size());
+      differs = true;
+    }
+    if (differs || std::memcmp(snapshot.data() + at, part.data(), part.size()) != 0) {
+      std::memcpy(snapshot.data() + at, part.data(), part.size());
+      differs = true;
+    }
+    at += part.size();
+  }
+  return differs;
+}
+
+void restore(const EngineWorld& world, const Snapshot& snapshot) {
+  std::size_t at = 0;
+  for (const auto part : world.parts()) {
+    std::memcpy(part.data(), snapshot.data() + at, part.size());
+    at += part.size();
+  }
+}
+
+// Where restarted rings begin: not where they were.
+constexpr std::uint16_t kRestartBase = 500;
+
+ShardStepper make_shard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag,
+                        std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices) {
+  ShardStepper shard(world.segment(), fence.view(), tag);
+  shard.hold(std::move(ports), std::move(devices));
+  return shard;
+}
+
+}  // namespace
+
+std::vector<std::shared_ptr<const Device>> CrashTrial::devices(const EngineWorld& world) const {
+  DeviceDescription first = world.describe(1);
+  if (row_.situation != Situation::kRestart) return {world.make_device(first)};
+  DeviceDescription stopped = world.describe(2), restarted = world.describe(3);
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    stopped.vrings[i].flags &= ~VringDescription::kRunning;
+    restarted.vrings[i].start_count = 2;
+    restarted.vrings[i].base = kRestartBase;
+  }
+  return {world.make_device(stopped), world.make_device(restarted)};
+}
+
+// The front end stopped both rings, which the owner acknowledged; the guest's driver has formatted them anew.
+void CrashTrial::restart_driver(EngineWorld& world, ShardStepper& owner) const {
+  owner.post(DescribeCommand{devices(world).front()});
+  owner.run_commands();
+  world.nics[0] = GuestNic(world.space, kGuestBase, row_.shape.nic);
+  world.nics[0].receive.begin_at(kRestartBase);
+  world.nics[0].transmit.begin_at(kRestartBase);
+}
+
+// Up to the burst: a few packets have crossed each way, the kernel still owes completions for some.
+void CrashTrial::prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const {
+  const bool starved = row_.situation == Situation::kStarved;
+  ShardStepper owner = make_shard(world, fence, kWarmTag, world.make_ports(), {world.make_device(world.describe(1))});
+  if (!owner.take_over()) std::abort();
+  world.nics[0].post(starved ? 2 * kWarmUp : ~0u);
+  flows.send(world, kWarmUp, kWarmUp);
+  while (owner.poll_once()) {
+  }
+  std::vector<std::byte> packet;
+  while (const auto bytes = world.kernels[0].send()) flows.uplink.note(*bytes);
+  while (world.nics[0].take(packet)) flows.guest.note(packet);
+  world.nics[0].reap();
+  if (row_.situation == Situation::kRestart) restart_driver(world, owner);
+  world.nics[0].post(starved ? row_.burst / 2 : ~0u);
+  fence.kill(kWarmTag);
+}
+
+CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
+  // How far the warm-up moves each ring decides where they have to begin for the burst to wrap.
+  EngineWorld rehearsal(row_.shape);
+  FakeFence fence;
+  Flows flows(kMatrixFlow);
+  prepare(rehearsal, fence, flows);
+  const GuestQueue& queue = row_.receive ? rehearsal.nics[0].receive : rehearsal.nics[0].transmit;
+  const auto half = (row_.burst + 1) / 2;
+  const std::uint32_t before = queue.used_taken() + half;
+  const std::uint32_t xsk_before = kWarmUp + half;
+  if (row_.wrap == Wrap::kRing) {
+    row_.shape.nic.first_index = static_cast<std::uint16_t>(2 * row_.shape.nic.queue_size - before);
+    row_.shape.xsk_index = 2 * row_.shape.xsk.tx_entries - xsk_before;
+  } else if (row_.wrap == Wrap::kIndex) {
+    row_.shape.nic.first_index = static_cast<std::uint16_t>(0u - before);
+    row_.shape.xsk_index = 0u - xsk_before;
+  }
+  world_ = std::make_unique<EngineWorld>(row_.shape);
+  trial_ = std::make_unique<EngineWorld>(row_.shape);
+  fence_ = std::make_unique<FakeFence>();
+  flows_ = std::make_unique<Flows>(kMatrixFlow);
+  devices_ = devices(*trial_);
+  ports_ = trial_->make_ports();
+}
+
+void CrashTrial::judge(const Snapshot& snapshot, RowResult& result) {
+  for (const bool moves_on : {false, true}) {
+    restore(*trial_, snapshot);
+    trial_->copy_ends_from(*world_);
+    Flows flows = *flows_;
+    ShardStepper heir = make_shard(*trial_, *fence_, kLastTag, ports_, devices_);
+    if (moves_on) world_moves_on(*trial_, flows, 2);
+    result.verdict += take_over_and_judge(*trial_, heir, flows);
+    ++result.takeovers;
+  }
+}
+
+void CrashTrial::begin_burst() {
+  world_->kernels[0].complete();
+  const std::uint32_t out = row_.transmit ? row_.burst : 0, in = row_.receive ? row_.burst : 0;
+  if (row_.situation == Situation::kBadChain) {
+    flows_->send(*world_, out / 2, in);
+    const Piece runt{world_->nics[0].transmit_slot(row_.shape.nic.queue_size - 1), 20, false};
+    if (!world_->nics[0].transmit.add({&runt, 1})) std::abort();
+    flows_->bad_from_guest = 1;
+    flows_->send(*world_, out - out / 2, 0);
+  } else {
+    flows_->send(*world_, out, in);
+  }
+  if (flows_->from_guest != kWarmUp + out || flows_->from_uplink != kWarmUp + in) std::abort();
+}
+
+void CrashTrial::step_owner(RowResult& result) {
+  prepare(*world_, *fence_, *flows_);
+  SteppedProcess child([this] {
+    fence_->view_again();
+    const auto held = devices(*world_);
+    ShardStepper owner = make_shard(*world_, *fence_, kOwnerTag, world_->make_ports(), {held.front()});
+    if (!owner.take_over()) std::abort();
+    if (held.size() > 1) owner.post(DescribeCommand{held.back()});
+    stepped::pause();
+    if (held.size() > 1) owner.run_commands();
+    owner.poll_once();
+    stepped::pause();
+  });
+  fence_->kill(kOwnerTag);
+  begin_burst();
+  Snapshot snapshot;
+  const auto look = [&] {
+    ++result.points;
+    if (!refresh(*world_, snapshot) || !seen_.insert(hash(snapshot, 0)).second) return;
+    ++result.distinct;
+    judge(snapshot, result);
+    if (row_.nested) starts_.push_back(snapshot);
+  };
+  look();
+  child.step(look);
+}
+
+void CrashTrial::step_heirs(bool moved, RowResult& result) {
+  SteppedProcess child([this] {
+    fence_->view_again();
+    const auto ports = world_->make_ports();
+    const auto held = devices(*world_);
+    for (;;) {
+      stepped::pause();  // the parent puts a snapshot in place
+      ShardStepper heir = make_shard(*world_, *fence_, kHeirTag, ports, held);
+      stepped::pause();
+      if (!heir.take_over()) std::abort();
+      stepped::pause();
+    }
+  });
+  fence_->kill(kHeirTag);
+  const std::vector<GuestNic> nics = world_->nics;
+  const std::vector<KernelXsk> kernels = world_->kernels;
+  const Flows flows = *flows_;
+  for (const Snapshot& start : starts_) {
+    restore(*world_, start);
+    if (moved) world_moves_on(*world_, *flows_, 2);
+    child.run();
+    Snapshot snapshot;
+    refresh(*world_, snapshot);
+    child.step([&] {
+      ++result.nested_points;
+      if (!refresh(*world_, snapshot) || !seen_.insert(hash(snapshot, moved)).second) return;
+      ++result.nested_distinct;
+      judge(snapshot, result);
+    });
+    child.run();
+    world_->nics = nics;
+    world_->kernels = kernels;
+    *flows_ = flows;
+  }
+}
+
+RowResult CrashTrial::run() {
+  RowResult result;
+  const auto begin = std::chrono::steady_clock::now();
+  step_owner(result);
+  for (const bool moved : {false, true})
+    if (row_.nested) step_heirs(moved, result);
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  result.done = true;
+  return result;
+}
+
+}  // namespace tandem::test

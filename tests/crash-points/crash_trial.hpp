@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// CrashTrial: one row of the matrix, stepped through; every distinct state is handed to an heir, and judged.
+#pragma once
+
+#include <cstdint>
+#include <unordered_set>
+#include <vector>
+
+#include "tests/crash-points/matrix.hpp"
+#include "tests/support/takeover_check.hpp"
+
+namespace tandem::test {
+
+/// Plain data: workers hand it to their parent through shared memory.
+struct RowResult {
+  std::uint64_t points = 0;           ///< instruction boundaries at which the owner might have died
+  std::uint64_t distinct = 0;         ///< of these, with different shared bytes
+  std::uint64_t nested_points = 0;    ///< instruction boundaries of takeovers at which the heir might have died
+  std::uint64_t nested_distinct = 0;  ///< of these, with shared bytes not met before in this row
+  std::uint64_t takeovers = 0;        ///< that were run and judged
+  Verdict verdict;
+  double seconds = 0;
+  bool done = false;
+};
+
+/// The shared bytes of a world.
+using Snapshot = std::vector<std::byte>;
+
+class CrashTrial {
+ public:
+  explicit CrashTrial(const MatrixRow& row);
+  RowResult run();
+
+ private:
+  void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
+  void restart_driver(EngineWorld& world, ShardStepper& owner) const;
+  void begin_burst();
+  [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
+  void step_owner(RowResult& result);
+  /// `moved`: guest and kernel had gone on before the heir came.
+  void step_heirs(bool moved, RowResult& result);
+  /// An heir takes over a copy of `snapshot`, once at once and once after guest and kernel have gone on.
+  void judge(const Snapshot& snapshot, RowResult& result);
+
+  MatrixRow row_;
+  std::unique_ptr<EngineWorld> world_, trial_;
+  std::unique_ptr<FakeFence> fence_;
+  std::unique_ptr<Flows> flows_;  // as they stand when the burst begins
+  std::vector<std::shared_ptr<const Device>> devices_;
+  std::shared_ptr<const UplinkPorts> ports_;
+  std::unordered_set<std::uint64_t> seen_;
+  std::vector<Snapshot> starts_;  // the distinct states of the owner's burst
+};
+
+}  // namespace tandem::test

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows: directions, chain styles, mergeable buffers, EVENT_IDX, wraps, burst sizes.
+#include "tests/crash-points/matrix.hpp"
+
+namespace tandem::test {
+
+namespace {
+
+const char* name(ChainStyle style) {
+  return style == ChainStyle::kDirect ? "direct" : style == ChainStyle::kChained ? "chained" : "indirect";
+}
+const char* name(Wrap wrap) {
+  return wrap == Wrap::kNone ? "no wrap" : wrap == Wrap::kRing ? "ring wrap" : "index wrap";
+}
+
+const char* name(Situation situation) {
+  switch (situation) {
+    case Situation::kPlain:
+      return "";
+    case Situation::kStarved:
+      return ", starved";
+    case Situation::kFull:
+      return ", TX ring full";
+    case Situation::kBadChain:
+      return ", with a bad chain";
+    case Situation::kRestart:
+      return ", restart of the rings";
+  }
+  return "";
+}
+
+// As small as the burst allows: every instruction is followed by a look at all of it.
+WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool mergeable, bool event_index) {
+  WorldShape shape;
+  // Without VERSION_1 and MRG_RXBUF a header has 10 bytes: a legacy driver.
+  const bool modern = mergeable || !transmit;
+  shape.nic.features = feature::kIndirect | (modern ? feature::kVersion1 : 0) | (mergeable ? feature::kMergeable : 0) |
+                       (event_index ? feature::kEventIndex : 0);
+  shape.nic.transmit = shape.nic.receive = style;
+  shape.nic.slot_size = 136;
+  if (mergeable) shape.nic.receive_slot_size = 56;  // one to three buffers a packet
+  shape.nic.queue_size = burst <= 2 ? 32 : style == ChainStyle::kChained && mergeable ? 256 : 128;
+  shape.nic.cuts = {7, 30};  // the header over two descriptors, the packet over two
+  shape.xsk.frame_size = 256;
+  shape.xsk.headroom = 64;
+  shape.xsk.rx_frames = burst <= 2 ? 16 : 64;
+  return shape;
+}
+
+}  // namespace
+
+std::vector<MatrixRow> matrix() {
+  std::vector<MatrixRow> rows;
+  const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
+                       std::uint32_t burst, Situation situation = Situation::kPlain) {
+    MatrixRow row;
+    row.situation = situation;
+    row.transmit = transmit;
+    row.receive = receive;
+    row.burst = burst;
+    row.wrap = wrap;
+    row.nested = burst <= 2;
+    row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index);
+    if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
+    row.name = std::string(!receive    ? "guest->uplink"
+                           : !transmit ? "uplink->guest"
+                                       : "both ways") +
+               ", " + name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") +
+               name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
+    // One of each kind, so that every option occurs.
+    row.quick =
+        situation == Situation::kPlain && event_index &&
+        (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
+                     : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 && mergeable == receive);
+    rows.push_back(row);
+  };
+  for (const bool receive : {false, true})
+    for (const std::uint32_t burst : {1u, 2u, 32u})
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+        for (const bool mergeable : {false, true})
+          for (const bool event_index : {false, true})
+            for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
+              add(!receive, receive, style, mergeable, event_index, wrap, burst);
+  // A round of the poll loop that has work in both directions: two transactions, one record.
+  for (const std::uint32_t burst : {1u, 2u, 32u})
+    for (const bool mergeable : {false, true})
+      add(true, true, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
+  for (const std::uint32_t burst : {2u, 32u})
+    for (const bool mergeable : {false, true})
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kIndirect}) {
+        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
+        add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+      }
+  return rows;
+}
+
+}  // namespace tandem::test

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// EngineWorld: everything a shard shares with others (guest memory, pair segment, AF_XDP rings and frames) in one small
+// memfd, with a guest and a kernel at the other ends; ShardStepper: a real Shard whose steps the test calls one by one.
+// No root, sockets or BPF.
+//
+// A world may be copied into another of the same shape (copy_from): a snapshot, on which an heir can be tried.
+// Processes forked from the one that made a world share it; each makes its own Device, because a backend's mappings are
+// not inherited.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "common/fence_view.hpp"
+#include "common/layout/segment.hpp"
+#include "tests/support/guest_nic.hpp"
+#include "tests/support/packets.hpp"
+#include "tests/support/xsk_rings.hpp"
+#include "vhost-net-backend/shard.hpp"
+
+namespace tandem::test {
+
+namespace feature {
+inline constexpr std::uint64_t kMergeable = std::uint64_t{1} << 15;
+inline constexpr std::uint64_t kIndirect = std::uint64_t{1} << 28;
+inline constexpr std::uint64_t kEventIndex = std::uint64_t{1} << 29;
+inline constexpr std::uint64_t kVersion1 = std::uint64_t{1} << 32;
+}  // namespace feature
+
+/// Made-up fence slots in a memfd: the test says who is dead.
+class FakeFence {
+ public:
+  FakeFence();
+  void kill(std::uint32_t tag);
+  /// For this process only: a view is not inherited by children.
+  [[nodiscard]] const FenceView& view() const { return views_.back(); }
+  /// Makes view() anew, in a child.
+  void view_again();
+
+ private:
+  UniqueFd fd_;
+  Mapping slots_;
+  // One a process. A parent's stays: unmapping it in a child would hit whatever lies at its address there.
+  std::deque<FenceView> views_;
+};
+
+struct WorldShape {
+  NicShape nic;
+  XskShape xsk;
+  std::uint32_t queue_pairs = 1;
+  std::uint32_t shards = 1;
+  std::uint32_t device = 0;
+  std::uint32_t first_queue_pair = 0;
+  std::uint32_t xsk_index = 0;  ///< where the socket's ring indices begin
+  /// Memory besides the NIC's own: one region adjacent in guest addresses (but nowhere else) to the first, one after a
+  /// hole.
+  std::uint64_t spare_bytes = 0;
+};
+
+inline constexpr std::uint64_t kGuestBase = 0x40000000;
+inline constexpr std::uint64_t kUserBase = 0x7f0000000000;
+
+class EngineWorld {
+ public:
+  explicit EngineWorld(const WorldShape& shape);
+
+  /// A description of the device with generation `generation`; change it before make_device() to describe something
+  /// else.
+  [[nodiscard]] DeviceDescription describe(std::uint64_t generation) const;
+  [[nodiscard]] std::shared_ptr<const Device> make_device(const DeviceDescription& description,
+                                                          const Device* previous = nullptr) const;
+  [[nodiscard]] std::shared_ptr<const UplinkPorts> make_ports() const;
+
+  [[nodiscard]] Segment& segment() const;
+  [[nodiscard]] QueuePairState& state(std::uint32_t pair = 0) const;
+  [[nodiscard]] RedoRecord& record(std::uint32_t shard = 0) const { return segment().shards[shard].record; }
+  [[nodiscard]] FrameAudit audit(std::uint32_t pair = 0) const;
+  [[nodiscard]] std::span<std::byte> guest_bytes() const;
+  [[nodiscard]] std::uint64_t spare_address(int region) const;
+  /// Interrupts that the guest got since the last call; `vring` as in the description.
+  std::uint64_t calls(std::uint32_t vring) const;
+  [[nodiscard]] int memory_fd() const { return memory_.get(); }
+
+  /// The parts of the area on which anything depends, in one order for all worlds of a shape: a snapshot is their
+  /// concatenation. Without heartbeats and timelines, which only tell what happened when.
+  [[nodiscard]] const std::vector<std::span<std::byte>>& parts() const { return parts_; }
+  /// Takes over all shared bytes and what guest and kernel remember.
+  void copy_from(const EngineWorld& other);
+  /// The private half only: the shared half comes from a snapshot.
+  void copy_ends_from(const EngineWorld& other);
+
+  [[nodiscard]] const WorldShape& shape() const { return shape_; }
+
+  std::vector<GuestNic> nics;
+  std::vector<KernelXsk> kernels;
+  GuestSpace space;
+
+ private:
+  [[nodiscard]] std::byte* rings(std::uint32_t pair) const;
+  [[nodiscard]] std::byte* frames(std::uint32_t pair) const;
+
+  WorldShape shape_;
+  XskDescription xsk_;
+  std::uint64_t nic_bytes_, guest_bytes_, segment_at_, xsk_at_, xsk_stride_;
+  UniqueFd memory_;
+  Mapping area_;
+  std::vector<UniqueFd> call_fds_;
+  std::vector<std::span<std::byte>> parts_;
+};
+
+/// Runs the steps of a Shard's poll thread in the calling thread.
+class ShardStepper {
+ public:
+  ShardStepper(Segment& segment, const FenceView& fence, std::uint32_t tag, std::uint32_t index = 0);
+
+  void post(ShardCommand command) { shard_->post(std::move(command)); }
+  void run_commands();
+  /// Attach, describe and arm, as a supervisor does with a new standby.
+  void hold(std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices);
+  bool take_over();
+  bool poll_once();
+  /// What the owner does before and after it sleeps, without the sleep: there is work or a file that wakes it at once.
+  void sleep();
+  [[nodiscard]] std::vector<QueuePair>& pairs();
+  std::vector<ShardEvent> events() { return shard_->take_events(); }
+  [[nodiscard]] std::uint32_t tag() const { return tag_; }
+  Shard& shard() { return *shard_; }
+
+ private:
+  std::unique_ptr<Shard> shard_;
+  std::uint32_t tag_;
+};
+
+/// Lets engine, kernel and guest run until nothing moves. Packets that left and arrived go to the ledgers.
+struct Drained {
+  std::uint32_t sent = 0, received = 0;
+};
+Drained drain(EngineWorld& world, ShardStepper& shard, Ledger& uplink, Ledger& guest, std::uint32_t pair = 0);
+
+/// Puts packets [first, first + count) of `flow` on the transmit ring, or on the uplink's RX. Returns how many fitted.
+std::uint32_t send_from_guest(EngineWorld& world, const PacketFlow& flow, std::uint32_t first, std::uint32_t count,
+                              std::uint32_t pair = 0);
+std::uint32_t send_from_uplink(EngineWorld& world, const PacketFlow& flow, std::uint32_t first, std::uint32_t count,
+                               std::uint32_t pair = 0);
+
+}  // namespace tandem::test

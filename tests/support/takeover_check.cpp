@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Draining a world after a takeover, and judging it.
+#include "tests/support/takeover_check.hpp"
+
+namespace tandem::test {
+
+Verdict& Verdict::operator+=(const Verdict& other) {
+  tally += other.tally;
+  leaked_frames += other.leaked_frames;
+  descriptor_errors += other.descriptor_errors;
+  record_left += other.record_left;
+  not_notified += other.not_notified;
+  miscounted += other.miscounted;
+  stopped += other.stopped;
+  return *this;
+}
+
+bool Verdict::clean() const {
+  return tally.clean() && leaked_frames == 0 && descriptor_errors == 0 && record_left == 0 && not_notified == 0 &&
+         miscounted == 0 && stopped == 0;
+}
+
+void Flows::send(EngineWorld& world, std::uint32_t guest_packets, std::uint32_t uplink_packets) {
+  from_guest += send_from_guest(world, flow, from_guest, guest_packets);
+  from_uplink += send_from_uplink(world, flow, from_uplink, uplink_packets);
+}
+
+void world_moves_on(EngineWorld& world, Flows& flows, std::uint32_t more) {
+  std::vector<std::byte> packet;
+  while (const auto bytes = world.kernels[0].send()) flows.uplink.note(*bytes);
+  world.kernels[0].complete();
+  world.nics[0].reap();
+  while (world.nics[0].take(packet)) flows.guest.note(packet);
+  world.nics[0].post();
+  flows.send(world, more, more);
+}
+
+Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows) {
+  Verdict verdict;
+  world.calls(0);
+  world.calls(1);
+  if (!heir.take_over()) {
+    verdict.stopped = 1;
+    return verdict;
+  }
+  if (world.calls(0) == 0 || world.calls(1) == 0) ++verdict.not_notified;
+  drain(world, heir, flows.uplink, flows.guest);
+  flows.send(world, 3, 3);
+  drain(world, heir, flows.uplink, flows.guest);
+
+  const GuestNic& nic = world.nics[0];
+  const QueuePairState& state = world.state();
+  verdict.tally = flows.uplink.finish(flows.from_guest);
+  verdict.tally += flows.guest.finish(flows.from_uplink);
+  const FrameAudit audit = world.audit();
+  verdict.leaked_frames = audit.leaked + audit.doubled + world.kernels[0].bad_descriptors();
+  verdict.descriptor_errors = nic.transmit.wrong_returns() + nic.receive.wrong_returns() + nic.transmit.outstanding() +
+                              nic.empty_returns() + nic.protocol_errors();
+  verdict.descriptor_errors += state.transmit.next_used != nic.transmit.used_taken();
+  verdict.descriptor_errors += state.receive.next_used != nic.receive.used_taken();
+  verdict.record_left = world.record().arm.load() != 0;
+  verdict.miscounted += state.transmit.packets != flows.from_guest;
+  verdict.miscounted += state.receive.packets != flows.from_uplink;
+  verdict.miscounted += state.transmit.dropped != flows.bad_from_guest || state.receive.dropped != 0;
+  verdict.stopped +=
+      state.transmit.fault.load() != QueueFault::kNone || state.receive.fault.load() != QueueFault::kNone;
+  return verdict;
+}
+
+}  // namespace tandem::test

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bench: a world with its first owner in place, for unit tests of the engine.
+#pragma once
+
+#include "tests/support/engine_world.hpp"
+
+namespace tandem::test {
+
+struct Bench {
+  explicit Bench(const WorldShape& shape) : world(shape), owner(world.segment(), fence.view(), 1) {
+    owner.hold(world.make_ports(), {world.make_device(world.describe(1))});
+    if (!owner.take_over() || owner.pairs().size() != shape.queue_pairs) std::abort();
+  }
+
+  [[nodiscard]] QueuePair& pair(std::uint32_t n = 0) { return owner.pairs()[n]; }
+  [[nodiscard]] QueuePairState& state(std::uint32_t n = 0) const { return world.state(n); }
+  [[nodiscard]] GuestNic& nic(std::uint32_t n = 0) { return world.nics[n]; }
+  [[nodiscard]] KernelXsk& kernel(std::uint32_t n = 0) { return world.kernels[n]; }
+
+  FakeFence fence;
+  EngineWorld world;
+  ShardStepper owner;
+};
+
+/// Small frames and slots: enough for PacketFlow's default lengths.
+inline WorldShape small_world(std::uint64_t features = feature::kVersion1 | feature::kIndirect) {
+  WorldShape shape;
+  shape.nic.features = features;
+  shape.xsk.frame_size = 512;
+  shape.xsk.headroom = 256;
+  return shape;
+}
+
+}  // namespace tandem::test

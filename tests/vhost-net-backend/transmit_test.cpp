@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Guest to uplink: layouts, wraps, shortages, completions.
+#include <catch2/catch.hpp>
+
+#include "tests/vhost-net-backend/bench.hpp"
+
+using namespace tandem;
+using namespace tandem::test;
+
+namespace {
+const PacketFlow kFlow{};
+
+void check_rest(Bench& bench) {
+  CHECK(bench.nic().transmit.wrong_returns() == 0);
+  CHECK(bench.nic().transmit.outstanding() == 0);
+  CHECK(bench.kernel().bad_descriptors() == 0);
+  CHECK(bench.world.audit().clean());
+  CHECK(bench.world.record().arm.load() == 0);
+  for (const std::uint64_t word : bench.state().transmit_busy) CHECK(word == 0);
+}
+}  // namespace
+
+TEST_CASE("transmit: headers of 10 and 12 bytes, all chain styles, header split over descriptors") {
+  for (const std::uint64_t features : {std::uint64_t{0}, feature::kMergeable, feature::kVersion1})
+    for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+      for (const auto& cuts : {std::vector<std::uint32_t>{10}, {12}, {1, 2, 3}, {7, 40}, {9, 11, 13, 27}, {30, 60}}) {
+        WorldShape shape = small_world(features | feature::kIndirect);
+        shape.nic.transmit = style;
+        shape.nic.cuts = cuts;
+        shape.nic.queue_size = 128;
+        Bench bench(shape);
+        CHECK(bench.pair().header_size == (features == 0 ? 10 : 12));
+        Ledger out(kFlow), in(kFlow);
+        std::uint32_t sent = 0;
+        while (sent < 200) {
+          sent += send_from_guest(bench.world, kFlow, sent, 25);
+          drain(bench.world, bench.owner, out, in);
+        }
+        CHECK(out.finish(sent).clean());
+        CHECK(bench.state().transmit.packets == sent);
+        CHECK(bench.state().transmit.dropped == 0);
+        check_rest(bench);
+      }
+}
+
+TEST_CASE("transmit: ring and index wraps inside a burst, of virtqueue and AF_XDP rings") {
+  for (const int first : {0, 50, 65500, 65535, 32760})
+    for (const std::uint32_t xsk_first : {0u, 40u, 0xffffffe8u, 0x7ffffff0u}) {
+      WorldShape shape = small_world();
+      shape.nic.first_index = static_cast<std::uint16_t>(first);
+      shape.xsk_index = xsk_first;
+      Bench bench(shape);
+      Ledger out(kFlow), in(kFlow);
+      std::uint32_t sent = 0;
+      for (int round = 0; round < 12; ++round) {
+        sent += send_from_guest(bench.world, kFlow, sent, 29);
+        drain(bench.world, bench.owner, out, in);
+      }
+      CHECK(sent == 12 * 29);
+      CHECK(out.finish(sent).clean());
+      CHECK(bench.state().transmit.next_avail == static_cast<std::uint16_t>(first + sent));
+      CHECK(bench.nic().transmit.used_index() == static_cast<std::uint16_t>(first + sent));
+      check_rest(bench);
+    }
+}
+
+TEST_CASE("transmit: a burst is at most 32 entries") {
+  Bench bench(small_world());
+  REQUIRE(send_from_guest(bench.world, kFlow, 0, 40) == 40);
+  CHECK(transmit_burst(bench.pair()) == kBurstPackets);
+  CHECK(bench.kernel().transmit_waiting() == kBurstPackets);
+  CHECK(transmit_burst(bench.pair()) == 8);
+  CHECK(transmit_burst(bench.pair()) == 0);
+}
+
+TEST_CASE("transmit: no free frames, then again") {
+  WorldShape shape = small_world();
+  shape.nic.queue_size = 256;
+  shape.xsk.tx_entries = 256;  // frames run out first
+  Bench bench(shape);
+  REQUIRE(send_from_guest(bench.world, kFlow, 0, 100) == 100);
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.kernel().transmit_waiting() == 64);
+  CHECK(bench.pair().transmit_pending);
+  CHECK_FALSE(has_work(bench.pair()));
+  // Sent but not completed: the frames are still the kernel's.
+  Ledger out(kFlow), in(kFlow);
+  for (int i = 0; i < 10; ++i) out.note(*bench.kernel().send());
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.kernel().transmit_waiting() == 54);
+  CHECK(bench.kernel().complete(7) == 7);
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.kernel().transmit_waiting() == 61);
+  CHECK(bench.world.audit().clean());
+  drain(bench.world, bench.owner, out, in);
+  CHECK(out.finish(100).clean());
+  check_rest(bench);
+}
+
+TEST_CASE("transmit: TX ring full, then again") {
+  WorldShape shape = small_world();
+  shape.nic.queue_size = 128;
+  shape.xsk.tx_frames = 128;
+  shape.xsk.tx_entries = 16;
+  Bench bench(shape);
+  REQUIRE(send_from_guest(bench.world, kFlow, 0, 60) == 60);
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.kernel().transmit_waiting() == 16);
+  CHECK(bench.nic().transmit.used_index() == 16);  // nothing is used before it is on the TX ring
+  Ledger out(kFlow), in(kFlow);
+  out.note(*bench.kernel().send());
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.kernel().transmit_waiting() == 16);
+  drain(bench.world, bench.owner, out, in);
+  CHECK(out.finish(60).clean());
+  check_rest(bench);
+}
+
+TEST_CASE("transmit: dropped chains take no frame, also when no frame is left") {
+  WorldShape shape = small_world();
+  Bench bench(shape);
+  GuestQueue& queue = bench.nic().transmit;
+  for (int i = 0; i < 64; ++i) {
+    const Piece runt{bench.nic().transmit_slot(0), 20, false};
+    REQUIRE(queue.add({&runt, 1}));
+  }
+  queue.publish();
+  while (bench.owner.poll_once()) {
+  }
+  CHECK(bench.state().transmit.dropped == 64);
+  CHECK(bench.nic().reap() == 64);
+  CHECK(bench.kernel().transmit_waiting() == 0);
+  check_rest(bench);
+}
+
+TEST_CASE("completions: bits are cleared in any order; addresses that are no transmit frames are ignored") {
+  Bench bench(small_world());
+  Ledger out(kFlow), in(kFlow);
+  REQUIRE(send_from_guest(bench.world, kFlow, 0, 3) == 3);
+  bench.owner.poll_once();
+  CHECK(bench.state().transmit_busy[0] == 0b111);
+  while (const auto packet = bench.kernel().send()) out.note(*packet);
+  const XskDescription& description = bench.kernel().description();
+  auto* entries = reinterpret_cast<std::uint64_t*>(
+      &bench.kernel().word(description.completion.mmap_offset + description.completion.descriptors));
+  const std::uint64_t base = std::uint64_t{description.rx_frames} * description.frame_size;
+  entries[0] = base + 2 * std::uint64_t{description.frame_size};
+  entries[1] = 0;                  // a receive frame
+  entries[2] = ~std::uint64_t{0};  // nowhere
+  entries[3] = base;
+  bench.kernel().word(description.completion.mmap_offset + description.completion.producer) = 4;
+  drain_completions(bench.pair());
+  CHECK(bench.state().transmit_busy[0] == 0b010);
+  // An index that ran away is bounded by the ring.
+  bench.kernel().word(description.completion.mmap_offset + description.completion.producer) = 0x80000000u;
+  drain_completions(bench.pair());
+  CHECK(bench.kernel().word(description.completion.mmap_offset + description.completion.consumer) == 4 + 64);
+}

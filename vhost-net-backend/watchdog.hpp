@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Watchdog: how an heir notices that its owner lives but does not work (design section 3, "Hangs").
+//
+// A dead man's switch: owner and heir share a timer descriptor. The owner pushes the timer ahead about every millisecond while its
+// loop turns and makes progress; an owner that stands still lets it expire, and the expiry wakes the heir out of epoll. So watching
+// costs the heir nothing, and the owner one system call a millisecond. The expiry is a question, not a verdict: the heir then
+// looks at what the owner's thread is doing. A wrong verdict costs one failover, never correctness: the owner is killed through a
+// pidfd, and only its death, seen by the fence, lets the heir take over.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+
+#include "common/layout/segment.hpp"
+#include "common/unique_fd.hpp"
+
+namespace tandem {
+
+/// The owner's end. One thread.
+class DeadManSwitch {
+ public:
+  DeadManSwitch() = default;
+  explicit DeadManSwitch(UniqueFd timer) : timer_(std::move(timer)) {}
+  /// From now the timer expires after `limit_ns`, unless pushed again.
+  void push(std::uint64_t limit_ns) const;
+  /// For the heir's epoll: readable once expired; drain() makes it silent until the next expiry.
+  [[nodiscard]] int fd() const { return timer_.get(); }
+  void drain() const;
+
+ private:
+  UniqueFd timer_;
+};
+
+/// What the kernel says of a thread, and how to judge it. Pure, so that every case is tested.
+struct OwnerView {
+  bool marked_asleep = false;
+  bool work_pending = false;
+  std::uint64_t still_ns = 0;        ///< since its last heartbeat
+  std::uint64_t asleep_work_ns = 0;  ///< how long it has slept through pending work
+  char state = '?';                  ///< proc(5)
+  bool uses_cpu = false;             ///< its CPU time grew just now
+  std::uint64_t spin_limit_ns = 0, blocked_limit_ns = 0;
+};
+/// Starved threads (runnable, no CPU) are left alone this long.
+inline constexpr std::uint64_t kStarvedLimitNs = 1'000'000'000;
+HangVerdict judge(const OwnerView& view);
+
+/// The heir's end: the one owner it watches.
+class Watchdog {
+ public:
+  Watchdog() = default;
+  /// `pidfd` of process `pid`, whose thread `tid` owns the shard.
+  Watchdog(UniqueFd pidfd, pid_t pid, pid_t tid) : pidfd_(std::move(pidfd)), pid_(pid), tid_(tid) {}
+  explicit operator bool() const { return static_cast<bool>(pidfd_); }
+
+  /// Thread state letter and whether it uses CPU; takes some hundred microseconds for a runnable thread.
+  void look(OwnerView& view) const;
+  /// SIGKILL. The fence says when it is dead.
+  void kill() const;
+
+ private:
+  UniqueFd pidfd_;
+  pid_t pid_ = 0;
+  pid_t tid_ = 0;
+};
+
+}  // namespace tandem
