@@ -4,7 +4,7 @@
 // Each region is mapped twice. The view is read-only: every read goes there, and a stray store through a pointer into it is a
 // SIGSEGV, which is a failover, not corruption. The window is writable, behind a protection key where the CPU has them, and its
 // addresses never leave this class except as a WritableSpan, whose bounds are those of one descriptor (or of one used ring)
-// that was validated for the transaction in hand: the write authorization of design section 5.
+// that was validated for the transaction in hand: the write authorization (docs/transactions.md).
 //
 // Thread: made and destroyed by the control thread, used by poll threads through shared ownership. Excluded from core dumps,
 // not inherited by children, never populated wholesale.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// QueuePair: moves packets between one pair of virtqueues and one uplink queue, each burst a transaction (design section 1).
+// QueuePair: moves packets between one pair of virtqueues and one uplink queue, each burst a transaction (docs/transactions.md).
 //
 // What is here can be thrown away at any instruction: cursors are in the pair segment, ring indices in shared rings.
 // Thread: the shard's owner only.
@@ -63,7 +63,6 @@ enum class ReplayResult {
   kEmpty,     ///< not armed: nothing had been promised
   kReplayed,  ///< applied and disarmed
   kInvalid,   ///< damaged (CRC, version, cursors): disarmed, the queue stopped with QueueFault::kRecordInvalid
-  kUnmapped,  ///< its device description is not at hand: left armed
 };
 
 /// True if `record` is armed and its version, counts and CRC are right.

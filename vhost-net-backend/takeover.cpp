@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Takeover: what an heir does between seeing its predecessor dead and polling (design section 3).
+// Takeover: what an heir does between seeing its predecessor dead and polling (docs/fence.md).
 //
 // Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain completions
 // and notify both sides of everything, for the dead owner may have died between publishing and telling; put newer descriptions

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Watchdog: how an heir notices that its owner lives but does not work (design section 3, "Hangs").
+// Watchdog: how an heir notices that its owner lives but does not work (docs/fence.md, "Hangs").
 //
 // A dead man's switch: owner and heir share a timer descriptor. The owner pushes the timer ahead about every millisecond while its
 // loop turns and makes progress; an owner that stands still lets it expire, and the expiry wakes the heir out of epoll. So watching

@@ -3,7 +3,7 @@
 //
 // The socket, its rings and its frames were made by the supervisor (recovery/uplink) and outlive every backend. Ring indices
 // are never cached across bursts: they live in the rings, so that an heir goes on from where the dead owner stood.
-// Thread: exactly one owner at a time (design section 3). Source: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h.
+// Thread: exactly one owner at a time (docs/fence.md). Source: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h.
 #pragma once
 
 #include <linux/if_xdp.h>

@@ -29,7 +29,7 @@ def parse_arguments(words):
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--keep", action="store_true", help="leave everything running and say how to play with it")
     parser.add_argument("--stop", action="store_true", help="end what --keep, or a demo that was killed, left behind")
-    parser.add_argument("--rate", type=int, default=2000, metavar="N", help="datagrams a second each way (1000)")
+    parser.add_argument("--rate", type=int, default=2000, metavar="N", help="datagrams a second each way (2000)")
     parser.add_argument("--plain-nic", action="store_true",
                         help="control: the same traffic for 10 s through an ordinary bridge NIC, without Tandem and kills")
     parser.add_argument("--no-install", action="store_true", help="do not install packages")

@@ -41,8 +41,9 @@ class EventLoop {
   Result<Source> on_signal(int signal, Callback callback);
   /// Runs once, after the current callback returned.
   Source soon(Callback callback) { return after(std::chrono::nanoseconds{0}, std::move(callback)); }
+  /// Until quit(); returns its code, or a negative errno if the loop itself failed.
   int run();
-  void quit() { sd_event_exit(event_.get(), 0); }
+  void quit(int code = 0) { sd_event_exit(event_.get(), code); }
 
  private:
   struct Unref {

@@ -38,7 +38,7 @@ tandem::Status serve(const std::string& path) {
     sources.push_back(std::move(*source));
   }
   sd_notify(0, "READY=1");
-  loop->run();
+  if (loop->run() != 0) return tandem::fail(tandem::ErrorKind::kGone, "serve: tandemd had to give up; its log says why");
   return {};
 }
 

@@ -139,7 +139,7 @@ void Supervisor::find_new_vault() {
   if (!vault) {
     if (now_ns() - vault_lost_ns_ > kVaultLimitNs) {
       spdlog::critical("no new tandem-vault within 30 s: {}; tandemd ends, start both again", vault.error().text);
-      return loop_.quit();
+      return loop_.quit(1);
     }
     soon_["vault"] = loop_.after(50ms, [this] { find_new_vault(); });
     return;
@@ -148,7 +148,7 @@ void Supervisor::find_new_vault() {
   auto watch = loop_.watch(vault_->fd(), [this] { dispatch_vault(); });
   if (!watch) {
     spdlog::critical("{}", watch.error().text);
-    return loop_.quit();
+    return loop_.quit(1);
   }
   vault_watch_ = std::move(*watch);
   for (auto& [name, pair] : pairs_) {

@@ -354,7 +354,7 @@ Status Uplink::check() {
   const auto gone = [this](const std::string& what, const std::string& remedy) {
     return fail(ErrorKind::kGone, "uplink " + config_.name + " of NIC " + config_.mac + ": " + what + "; " + remedy);
   };
-  const std::string restart = "then disable and enable the NIC (virt-tandem nic)";
+  const std::string restart = "then start its domain again";
   const auto ours = rtnetlink_.find(ours_.ifindex);
   if (!ours) return tl::make_unexpected(ours.error());
   if (!*ours) return gone("netdev " + ours_.name + " was removed", "restore it if it is hardware, " + restart);
