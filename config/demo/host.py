@@ -272,14 +272,16 @@ def make_network(journal):
 
 
 def keep_order_in_host_queues():
-    """Gives both ends of the outside's cable one processor for received frames.
+    """Gives each of the demo's own ports one processor for received frames: both ends of the outside's cable, and an ordinary NIC's port.
 
     The host queues received frames per processor: when the sending program moves to another processor, its first frames there can
     overtake the last ones of before. One queue keeps them in line, as one real cable would. Tandem does this for its own ports.
     """
-    for queue in os.listdir(f"/sys/class/net/{OUTSIDE_PORT}/queues"):
-        if queue.startswith("rx-"):
-            _write(f"/sys/class/net/{OUTSIDE_PORT}/queues/{queue}/rps_cpus", "1")
+    for port in os.listdir(f"/sys/class/net/{NAME}/brif"):
+        queues = [] if port.startswith("tdm") else os.listdir(f"/sys/class/net/{port}/queues")
+        for queue in queues:
+            if queue.startswith("rx-"):
+                _write(f"/sys/class/net/{port}/queues/{queue}/rps_cpus", "1")
     in_namespace("sh", "-c", "for f in /sys/class/net/eth0/queues/rx-*/rps_cpus; do echo 1 >$f; done")
 
 
