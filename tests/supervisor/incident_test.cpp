@@ -75,10 +75,11 @@ TEST_CASE("an incident as JSON") {
   CHECK(text["heir_pid"] == 200);
   CHECK(text["epoch"] == 7);
   CHECK(text["detected_by"] == "fence");
+  CHECK(text["hang"].is_null());
   CHECK(text["owner_state"] == "running");
   CHECK(text["queue_pairs"] == 3);
   CHECK(text["complete"] == false);
-  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000},
+  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000}, {"hang_verdict", nullptr},
                                     {"fenced", 0},
                                     {"heir_awake", 60'000},
                                     {"epoch_taken", 61'000},
