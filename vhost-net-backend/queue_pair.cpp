@@ -415,6 +415,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
   const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
   pair.receive_starved = false;
+  vring.starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
   std::uint32_t taken = 0;
@@ -435,6 +436,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
       if (placed.result == Placed::kNoBuffers) {
         pair.receive_starved = true;
         pair.starved_avail = static_cast<std::uint16_t>(vring.next_avail + ready);
+        vring.starved = kStarvedMark | pair.starved_avail;
         break;
       }
       heads += placed.heads;

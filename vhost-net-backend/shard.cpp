@@ -27,6 +27,8 @@ constexpr int kShortSleepMs = 1;
 constexpr int kHeirPeriodMs = 100;
 // The owner pushes the dead man's switch at most this often.
 constexpr std::uint64_t kBeatMicroseconds = 1000;
+// An heir waits so long for a description that its dead owner had in force; the supervisor sends it to heirs first.
+constexpr std::uint64_t kDescriptionLimitNs = 500'000'000;
 // A killed process that is still there after this long cannot die.
 constexpr std::uint64_t kCannotDieNs = 1'000'000'000;
 
@@ -203,6 +205,8 @@ void Shard::rebuild_pairs() {
       pair.mergeable = (description.features & (std::uint64_t{1} << 15)) != 0;
       pair.receive = receive;
       pair.transmit = transmit;
+      // Whatever was known before: look once whether the kernel still has frames to take.
+      pair.transmit_pending = true;
       pairs_.push_back(pair);
     }
   }
@@ -266,15 +270,33 @@ void Shard::wait_as_heir() {
     run_commands();
     // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
     const std::uint32_t owner = owner_tag(state().owner.load(std::memory_order_acquire));
-    if (tag_ != 0 && config_.fence->dead(owner)) return;
-    if (tag_ != 0 && watchdog_) watch_owner();
+    int period = kHeirPeriodMs;
+    if (tag_ != 0 && config_.fence->dead(owner)) {
+      if (holds_what_is_in_force()) return;
+      // What the dead owner put in force last is on its way to us; without it its record could not be replayed.
+      period = kShortSleepMs;
+    }
+    else if (tag_ != 0 && watchdog_) watch_owner();
     epoll_event woken[3];
-    if (::epoll_wait(epoll.get(), woken, 3, kHeirPeriodMs) < 0) continue;
+    if (::epoll_wait(epoll.get(), woken, 3, period) < 0) continue;
     ring_.drain();
     switch_.drain();
     std::uint64_t count = 0;
     [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
   }
+}
+
+// Whether every description in force is held here, or has been waited for long enough.
+bool Shard::holds_what_is_in_force() {
+  const bool all = std::all_of(devices_.begin(), devices_.end(), [this](const Served& served) {
+    std::uint64_t generation = 0;
+    return !served.uplink || find_in_force(served, generation) != nullptr || generation == 0;
+  });
+  const std::uint64_t now = monotonic_ns();
+  if (missing_since_ns_ == 0) missing_since_ns_ = now;
+  const bool late = now - missing_since_ns_ > kDescriptionLimitNs;
+  if (all || late) missing_since_ns_ = 0;
+  return all || late;
 }
 
 // After every wake-up of the heir: is there reason to look closer, and what is to be seen?
@@ -291,8 +313,13 @@ void Shard::watch_owner() {
   view.marked_asleep = shard.asleep.load(std::memory_order_acquire) != 0;
   if (view.marked_asleep) {
     view.work_pending = owner_sleeps_through_work();
-    if (!view.work_pending) asleep_work_since_ns_ = 0;
-    else if (asleep_work_since_ns_ == 0) asleep_work_since_ns_ = now;
+    if (!view.work_pending) {
+      asleep_work_since_ns_ = 0;
+    } else if (asleep_work_since_ns_ == 0 || asleep_work_beat_ != beat) {
+      // Work that came just before we looked, or after another nap: the time counts from here.
+      asleep_work_since_ns_ = now;
+      asleep_work_beat_ = beat;
+    }
     view.asleep_work_ns = asleep_work_since_ns_ == 0 ? 0 : now - asleep_work_since_ns_;
   } else {
     asleep_work_since_ns_ = 0;
@@ -338,7 +365,8 @@ bool Shard::owner_sleeps_through_work() {
       if (!serves(index)) continue;
       // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
       if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
-      if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer()) return true;
+      const bool starved = pair.receive.starved == (kStarvedMark | receive.queue.avail_index());
+      if (works(receive, pair.receive) && !starved && port.rx.consumer() != port.rx.producer()) return true;
     }
   }
   return false;

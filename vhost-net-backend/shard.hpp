@@ -139,6 +139,7 @@ class Shard {
   // shard.cpp: the two loops
   void wait_as_heir();
   void watch_owner();
+  bool holds_what_is_in_force();
   bool owner_sleeps_through_work();
   void beat(std::uint64_t now);
   void poll_as_owner();
@@ -181,6 +182,8 @@ class Shard {
   HangVerdict verdict_ = HangVerdict::kNone;
   std::uint64_t verdict_ns_ = 0;
   std::uint64_t asleep_work_since_ns_ = 0;
+  std::uint64_t asleep_work_beat_ = 0;  // the owner's heartbeat then: another one now means that it woke in between
+  std::uint64_t missing_since_ns_ = 0;  // since when a dead owner's descriptions are not all held here
   // As owner: when the switch was last looked at, and the transactions counted then.
   std::uint64_t last_beat_ = 0;
   std::uint64_t transactions_at_beat_ = 0;

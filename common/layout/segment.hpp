@@ -25,6 +25,8 @@ inline constexpr std::uint32_t kMaxQueuePairs = 256;
 /// Transmit frames per queue pair; one bit each in QueuePairState::transmit_busy.
 inline constexpr std::uint32_t kTransmitFrames = 2048;
 
+inline constexpr std::uint32_t kStarvedMark = 1u << 16;
+
 /// Why a virtqueue was stopped by its backend; the guest has to reset the device, or the front end to reconnect.
 enum class QueueFault : std::uint32_t {
   kNone = 0,
@@ -41,7 +43,8 @@ struct alignas(64) VringCursors {
   std::uint64_t packets, bytes;
   std::uint64_t dropped;  ///< bad chains, runts, packets without room: counted, never silently
   std::atomic<QueueFault> fault;
-  std::uint32_t reserved;
+  /// Receive: kStarvedMark | avail.idx when packets waited and the guest's buffers did not suffice; 0 otherwise.
+  std::uint32_t starved;
   std::uint64_t overflow;  ///< reserved for uplinks that count it in user space
 };
 

@@ -22,6 +22,7 @@ using namespace std::chrono_literals;
 // A member that lived shorter than this before it owned anything counts as an early death.
 constexpr std::uint64_t kEarlyNs = 2'000'000'000;
 constexpr auto kStartLimit = 30s;
+constexpr auto kDetachLimit = 1s;
 constexpr auto kLongestBackOff = 5s;
 
 std::uint64_t now_ns() {
@@ -77,6 +78,7 @@ char thread_state(pid_t pid, pid_t tid) {
 }  // namespace
 
 std::uint32_t TagSource::next() {
+  if (living_.size() >= TANDEM_FENCE_SLOTS) return 0;
   do {
     ++last_;
   } while (last_ == 0 || living_.contains(last_ % TANDEM_FENCE_SLOTS));
@@ -155,6 +157,8 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
     tags_.adopt(tag);
     tag_pids_[tag] = pid;
   }
+  // One that is ended here counts as gone already: resume() starts another.
+  member.stage = Member::Stage::kDead;
   if (!watch(member)) return end(member, "cannot watch it");
   if (member.tags.size() != config_.shards || member.threads.size() != config_.shards)
     return end(member, "it was still starting when its supervisor died");
@@ -194,6 +198,7 @@ void Pair::resume() {
 }
 
 Pair::~Pair() {
+  for (const auto& [tag, pid] : tag_pids_) tags_.retire(tag);
   for (const Member& member : members_) member.kill();
 }
 
@@ -412,6 +417,7 @@ Status Pair::introduce(Member& member) {
 void Pair::arm(Member& member) {
   for (std::uint32_t i = 0; i < config_.shards; ++i) {
     const std::uint32_t tag = tags_.next();
+    if (tag == 0) return end(member, "every fence slot is taken; use fewer pairs and shards");
     member.tags.push_back(tag);
     tag_pids_[tag] = member.pid();
     if (auto set = set_poll_priority(member.threads[i], config_.nice); !set) spdlog::warn("{}", set.error().text);
@@ -617,7 +623,14 @@ void Pair::detach(std::uint32_t device) {
     attached.waiting_for.insert(attached.waiting_for.end(), config_.shards, member.pid());
     if (auto sent = member.send(ControlType::kDetach, DeviceBody{device, 0, 0}); !sent) end(member, sent.error().text);
   }
-  if (attached.waiting_for.empty()) note_detached(device, 0);
+  if (attached.waiting_for.empty()) return note_detached(device, 0);
+  attached.limit = loop_.after(kDetachLimit, [this, device] {
+    const auto found = devices_.find(device);
+    if (found == devices_.end()) return;
+    for (Member& member : members_)
+      if (std::count(found->second.waiting_for.begin(), found->second.waiting_for.end(), member.pid()) != 0)
+        end(member, "it did not let go of a NIC that is released, within 1 s");
+  });
 }
 
 void Pair::note_detached(std::uint32_t device, pid_t pid) {

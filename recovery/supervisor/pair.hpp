@@ -127,6 +127,7 @@ class Pair {
     // At most two: the one in force, and a newer one that is not yet.
     std::vector<DescribedGeneration> generations;
     bool detaching = false;
+    EventLoop::Timer limit;          // for them
     std::vector<pid_t> waiting_for;  // members that still have to let go
   };
 

@@ -440,6 +440,9 @@ void Supervisor::on_state(Pair& pair) {
     if (found->second->state() == PairState::kStopped && found->second->empty()) return on_pair_empty(name);
     for (auto& [mac, nic] : nics_)
       if (nic.pair == found->second.get()) on_in_force(*nic.pair, nic.device_index);
+    // Started again before its old processes were gone: whoever waits for the end of its last NIC waits no longer.
+    if (found->second->state() != PairState::kStopped)
+      for (auto& done : std::exchange(when_stopped_[name], {})) done();
     check_provisioning();
     check_drills();
   });

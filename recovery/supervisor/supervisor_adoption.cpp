@@ -140,7 +140,7 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
       if (!item.key.starts_with("nic/")) continue;
       if (auto adopted = adopt_nic(item, items); !adopted) return adopted;
     }
-  } catch (const json::exception& error) {
+  } catch (const std::exception& error) {  // json's own, and std::stoul's
     return fail(ErrorKind::kUnsupported, std::string("an item in the vault is of another version: ") + error.what());
   }
   // From here on nothing can fail: the pairs come to life.

@@ -66,6 +66,18 @@ void Supervisor::on_hook(const nlohmann::json& request, const ControlServer::Ans
 
 void Supervisor::prepare_domain(const DomainOption& domain, const ControlServer::Answer& answer) {
   if (domain.nics.empty()) return answer({{"ok", true}});
+  // libvirt starts this domain, so it does not run: a NIC that is still served for it is one whose release got lost.
+  std::vector<std::string> stale;
+  for (const auto& [mac, nic] : nics_)
+    if (!domain.uuid.empty() && nic.domain_uuid == domain.uuid) stale.push_back(mac);
+  if (!stale.empty()) {
+    const auto left = std::make_shared<std::size_t>(stale.size());
+    for (const std::string& mac : stale)
+      release(mac, [this, left, domain, answer] {
+        if (--*left == 0) prepare_domain(domain, answer);
+      });
+    return;
+  }
   Provisioning provisioning;
   for (const NicOption& option : domain.nics) {
     if (auto provided = provision(domain, option); !provided) {
