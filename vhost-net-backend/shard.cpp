@@ -365,8 +365,9 @@ bool Shard::owner_sleeps_through_work() {
       if (!serves(index)) continue;
       // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
       if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
-      const bool starved = pair.receive.starved == (kStarvedMark | receive.queue.avail_index());
-      if (works(receive, pair.receive) && !starved && port.rx.consumer() != port.rx.producer()) return true;
+      if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
+          pair.receive.starved != (kStarvedMark | receive.queue.avail_index()))
+        return true;
     }
   }
   return false;

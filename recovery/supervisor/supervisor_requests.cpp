@@ -69,7 +69,7 @@ void Supervisor::prepare_domain(const DomainOption& domain, const ControlServer:
   // libvirt starts this domain, so it does not run: a NIC that is still served for it is one whose release got lost.
   std::vector<std::string> stale;
   for (const auto& [mac, nic] : nics_)
-    if (!domain.uuid.empty() && nic.domain_uuid == domain.uuid) stale.push_back(mac);
+    if (nic.domain == domain.name && nic.domain_uuid == domain.uuid) stale.push_back(mac);
   if (!stale.empty()) {
     const auto left = std::make_shared<std::size_t>(stale.size());
     for (const std::string& mac : stale)

@@ -20,6 +20,7 @@
 #include <filesystem>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
 
 #include "recovery/fence/kernel_version.hpp"
 
@@ -290,7 +291,9 @@ PairHost::json PairHost::pair(const std::string& name) const {
 
 pid_t PairHost::active() const {
   const json found = pair();
-  return found.is_null() || found["active"]["pid"].is_null() ? 0 : found["active"]["pid"].get<pid_t>();
+  // Never 0: kill(0) would end our own process group.
+  if (found.is_null() || found["active"]["pid"].is_null()) throw std::runtime_error("the pair has no active backend");
+  return found["active"]["pid"].get<pid_t>();
 }
 
 pid_t PairHost::standby() const {
