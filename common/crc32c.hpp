@@ -28,7 +28,8 @@ constexpr std::array<std::uint32_t, 256> make_crc32c_table() {
 inline constexpr std::array<std::uint32_t, 256> kCrc32cTable = make_crc32c_table();
 }  // namespace detail
 
-/// Extends `crc` (start with ~0u, no final inversion: only equality matters here) over `size` bytes; same value on every CPU.
+/// Extends `crc` (start with ~0u, no final inversion: only equality matters here) over `size` bytes; same value on
+/// every CPU.
 inline std::uint32_t crc32c_extend(std::uint32_t crc, const void* data, std::size_t size) {
   const auto* bytes = static_cast<const unsigned char*>(data);
 #if defined(__SSE4_2__) || defined(__ARM_FEATURE_CRC32)

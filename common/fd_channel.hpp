@@ -34,8 +34,8 @@ class FdChannel {
   /// kGone: the peer closed. kSystem: would block (the peer does not read) or out of resources.
   Status send(std::span<const std::byte> bytes, std::span<const int> fds = {});
 
-  /// Receives one message. An empty optional-like message (no bytes) never occurs: end of stream is kGone, nothing waiting is
-  /// kSystem with `would_block` set. Truncated bytes or descriptors are kInvalid, and no descriptor leaks.
+  /// Receives one message. An empty optional-like message (no bytes) never occurs: end of stream is kGone, nothing
+  /// waiting is kSystem with `would_block` set. Truncated bytes or descriptors are kInvalid, and no descriptor leaks.
   Result<ChannelMessage> receive(bool* would_block = nullptr);
 
   [[nodiscard]] int fd() const noexcept { return socket_.get(); }

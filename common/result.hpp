@@ -2,8 +2,8 @@
 // Result<T>: the one way in which an expected failure travels.
 //
 // Policy: a function that can fail for a reason outside this process (a peer, an operator, the kernel) returns
-// Result<T>. Callers add context on the way up; only main() turns an Error into an exit status. A broken invariant of our
-// own code aborts instead: in a backend that is a failover, not an outage.
+// Result<T>. Callers add context on the way up; only main() turns an Error into an exit status. A broken invariant of
+// our own code aborts instead: in a backend that is a failover, not an outage.
 //
 // Text of an error: what was being done, to what, why it failed, and what the reader can do about it.
 #pragma once

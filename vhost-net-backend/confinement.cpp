@@ -26,7 +26,8 @@ Status confine_backend() {
     if (added != 0 && added != -EDOM) return fail_errno("confine the backend: forbid a system call", {}, -added);
   }
   if (const int loaded = ::seccomp_load(filter.get()); loaded != 0)
-    return fail_errno("confine the backend: load the system call filter", "the kernel needs CONFIG_SECCOMP_FILTER", -loaded);
+    return fail_errno("confine the backend: load the system call filter", "the kernel needs CONFIG_SECCOMP_FILTER",
+                      -loaded);
   return {};
 }
 

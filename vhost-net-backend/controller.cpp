@@ -31,7 +31,8 @@ Result<ControlHeader> check_header(const ChannelMessage& message) {
   if (header.version != kControlVersion)
     return fail(ErrorKind::kUnsupported, "obey the supervisor: it speaks control version " +
                                              std::to_string(header.version) + ", this backend version " +
-                                             std::to_string(kControlVersion) + "; install backend and supervisor of one release");
+                                             std::to_string(kControlVersion) +
+                                             "; install backend and supervisor of one release");
   return header;
 }
 
@@ -78,9 +79,9 @@ Status Controller::greet(std::uint64_t tsc_hz) {
   segment_ = reinterpret_cast<Segment*>(segment_mapping_.data());
   if (segment_->magic != kSegmentMagic || segment_->version != kSegmentVersion || segment_->size != sizeof(Segment) ||
       segment_->shard_count != welcome.shard_count)
-    return fail(ErrorKind::kUnsupported,
-                "use the pair segment: it is of version " + std::to_string(segment_->version) +
-                    ", this backend knows version " + std::to_string(kSegmentVersion) + " only; it can be no standby");
+    return fail(ErrorKind::kUnsupported, "use the pair segment: it is of version " + std::to_string(segment_->version) +
+                                             ", this backend knows version " + std::to_string(kSegmentVersion) +
+                                             " only; it can be no standby");
   auto fence = FenceView::map(message->fds[1].get());
   if (!fence) return within("map the fence", std::move(fence.error()));
   fence_ = std::move(*fence);
@@ -198,8 +199,8 @@ Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueF
   auto device = Device::make(description, std::move(fds), newest_[description.device].get(), problems);
   for (const std::string& text : problems) problem(description.device, text);
   if (!device) {
-    // The front end's memory cannot be had (too large for us, or cut off by now). Its device stands still, but the generation takes
-    // force: whoever waits for it must not take us for hung.
+    // The front end's memory cannot be had (too large for us, or cut off by now). Its device stands still, but the
+    // generation takes force: whoever waits for it must not take us for hung.
     problem(description.device, device.error().text + "; the device stands still");
     description.region_count = 0;
     for (VringDescription& vring : description.vrings) vring.flags = 0;
@@ -226,7 +227,8 @@ void Controller::relay(std::uint32_t shard, ShardEvent& event) {
   } else if (const auto* text = std::get_if<ProblemEvent>(&event)) {
     problem(text->device, text->text);
   }
-  // GarbageEvent: destroyed with the vector. A report that cannot be sent is lost with its reader; the segment has the facts.
+  // GarbageEvent: destroyed with the vector. A report that cannot be sent is lost with its reader; the segment has the
+  // facts.
   if (!sent) std::fprintf(stderr, "tandem-backend: report to the supervisor: %s\n", sent.error().text.c_str());
 }
 

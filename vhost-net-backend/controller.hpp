@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Controller: a backend's control thread. Obeys the supervisor's control channel, maps what poll threads will need, reports back.
+// Controller: a backend's control thread. Obeys the supervisor's control channel, maps what poll threads will need,
+// reports back.
 //
-// Slow things (mapping, unmapping, reading messages) happen here so that poll threads never wait. When the supervisor goes away
-// the datapath goes on; only when the channel is closed for good (supervisor and vault both gone) does run() return.
+// Slow things (mapping, unmapping, reading messages) happen here so that poll threads never wait. When the supervisor
+// goes away the datapath goes on; only when the channel is closed for good (supervisor and vault both gone) does run()
+// return.
 #pragma once
 
 #include <functional>

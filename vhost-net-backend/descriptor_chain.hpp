@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // ChainWalker: reads one descriptor chain of a hostile guest, each descriptor exactly once, into private memory.
 //
-// Checks, per Virtio 1.2, 2.7.5: indices inside the table, no more descriptors than the table has entries (which ends loops), one
-// direction, no zero length, INDIRECT only if negotiated, not combined with NEXT, not nested, table length a multiple of 16.
+// Checks, per Virtio 1.2, 2.7.5: indices inside the table, no more descriptors than the table has entries (which ends
+// loops), one direction, no zero length, INDIRECT only if negotiated, not combined with NEXT, not nested, table length
+// a multiple of 16.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,8 @@ class ChainWalker {
       descriptor = queue_.descriptor(next_);
       return true;
     }
-    const std::byte* entry = memory_.view(indirect_address_ + std::uint64_t{next_} * sizeof descriptor, sizeof descriptor);
+    const std::byte* entry =
+        memory_.view(indirect_address_ + std::uint64_t{next_} * sizeof descriptor, sizeof descriptor);
     if (entry == nullptr) return fail(ChainFault::kAddress);
     descriptor = read_descriptor_once(entry);
     return true;

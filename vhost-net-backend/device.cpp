@@ -31,8 +31,8 @@ bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
 
 Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& description, std::vector<UniqueFd> fds,
                                                    const Device* previous, std::vector<std::string>& problems) {
-  const std::string what = "device " + std::to_string(description.device) + ", generation " +
-                           std::to_string(description.generation);
+  const std::string what =
+      "device " + std::to_string(description.device) + ", generation " + std::to_string(description.generation);
   if (description.version != kDeviceDescriptionVersion || description.region_count > kMaxMemoryRegions ||
       description.queue_pairs > kMaxQueuePairsPerDevice)
     return fail(ErrorKind::kInvalid, what + ": the description is malformed or of another version");

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device: one generation of a device description, mapped and ready to serve; UplinkPorts: the ports of its queue pairs.
 //
-// Both are made by the control thread and handed to poll threads through shared ownership, immutable from then on, so that a
-// poll thread changes generation by changing a pointer. Poll threads give them back for destruction (unmapping takes time).
+// Both are made by the control thread and handed to poll threads through shared ownership, immutable from then on, so
+// that a poll thread changes generation by changing a pointer. Poll threads give them back for destruction (unmapping
+// takes time).
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,8 @@ namespace {
 void load_beyond_file_end() {
   const int fd = ::memfd_create("tandem-drill", MFD_CLOEXEC);
   void* page = ::mmap(nullptr, 4096, PROT_READ, MAP_SHARED, fd, 0);
-  if (page != MAP_FAILED) [[maybe_unused]] const volatile char byte = *static_cast<volatile char*>(page);
+  if (page != MAP_FAILED) [[maybe_unused]]
+    const volatile char byte = *static_cast<volatile char*>(page);
 }
 
 }  // namespace

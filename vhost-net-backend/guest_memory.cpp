@@ -2,15 +2,14 @@
 // Mapping of guest memory, protection keys, and what happens when a front end takes pages away.
 #include "vhost-net-backend/guest_memory.hpp"
 
-#include <csignal>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include <linux/magic.h>
-
 #include <algorithm>
+#include <csignal>
 #include <cstring>
 #include <string>
 
@@ -140,8 +139,7 @@ Result<std::shared_ptr<GuestMemory>> GuestMemory::map(const DeviceDescription& d
       ::madvise(mapping->data(), mapping->size(), MADV_DONTDUMP);
       ::madvise(mapping->data(), mapping->size(), MADV_DONTFORK);
     }
-    if (window_key() >= 0 &&
-        ::pkey_mprotect(window->data(), window->size(), PROT_READ | PROT_WRITE, window_key()) != 0)
+    if (window_key() >= 0 && ::pkey_mprotect(window->data(), window->size(), PROT_READ | PROT_WRITE, window_key()) != 0)
       return fail_errno("protect the writable window of " + what + " with a key");
     Region& region = memory->regions_[memory->count_];
     region.guest_address = in.guest_address;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // GuestMemory: one device's memory regions, seen read-only, and the one door through which they may be written.
 //
-// Each region is mapped twice. The view is read-only: every read goes there, and a stray store through a pointer into it is a
-// SIGSEGV, which is a failover, not corruption. The window is writable, behind a protection key where the CPU has them, and its
-// addresses never leave this class except as a WritableSpan, whose bounds are those of one descriptor (or of one used ring)
-// that was validated for the transaction in hand: the write authorization (docs/transactions.md).
+// Each region is mapped twice. The view is read-only: every read goes there, and a stray store through a pointer into
+// it is a SIGSEGV, which is a failover, not corruption. The window is writable, behind a protection key where the CPU
+// has them, and its addresses never leave this class except as a WritableSpan, whose bounds are those of one descriptor
+// (or of one used ring) that was validated for the transaction in hand: the write authorization (docs/transactions.md).
 //
-// Thread: made and destroyed by the control thread, used by poll threads through shared ownership. Excluded from core dumps,
-// not inherited by children, never populated wholesale.
+// Thread: made and destroyed by the control thread, used by poll threads through shared ownership. Excluded from core
+// dumps, not inherited by children, never populated wholesale.
 #pragma once
 
 #include <atomic>
@@ -40,8 +40,8 @@ class WritableSpan {
 
 class GuestMemory {
  public:
-  /// Maps all regions of `description`, whose first `region_count` descriptors are `fds`. The regions were validated by vmm/; what a
-  /// mapping needs is checked again here, because a backend trusts nobody with its own address space.
+  /// Maps all regions of `description`, whose first `region_count` descriptors are `fds`. The regions were validated by
+  /// vmm/; what a mapping needs is checked again here, because a backend trusts nobody with its own address space.
   static Result<std::shared_ptr<GuestMemory>> map(const DeviceDescription& description, std::span<const UniqueFd> fds);
   ~GuestMemory();
   GuestMemory(const GuestMemory&) = delete;
@@ -52,7 +52,8 @@ class GuestMemory {
     const Region* region = find(address, length);
     return region == nullptr ? nullptr : region->view + (address - region->guest_address);
   }
-  /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross regions.
+  /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross
+  /// regions.
   [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const;
   /// The same for writing: call only with a range that a device-writable descriptor of this transaction names.
   [[nodiscard]] WritableSpan authorize_some(std::uint64_t address, std::uint64_t length) const;
@@ -61,7 +62,8 @@ class GuestMemory {
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
 
-  /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device stops.
+  /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device
+  /// stops.
   [[nodiscard]] bool faulted() const { return faulted_.load(std::memory_order_relaxed); }
 
  private:
@@ -89,8 +91,9 @@ class WindowOpen {
   WindowOpen& operator=(const WindowOpen&) = delete;
 };
 
-/// Installs the SIGBUS handler: a fault inside some GuestMemory turns that mapping into private zeroes and sets faulted(); any other
-/// SIGBUS keeps its default action, so that the fence sees a death. Once per process, before poll threads start.
+/// Installs the SIGBUS handler: a fault inside some GuestMemory turns that mapping into private zeroes and sets
+/// faulted(); any other SIGBUS keeps its default action, so that the fence sees a death. Once per process, before poll
+/// threads start.
 Status install_guest_fault_handler();
 
 /// True if windows are behind a protection key.

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // tandem-backend: one process of a pair. Started by tandemd; of no use by hand.
-#include <CLI/CLI.hpp>
-#include <cstdio>
-#include <sched.h>
-#include <string>
-#include <thread>
-#include <vector>
-
 #include <rte_cycles.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_launch.h>
 #include <rte_lcore.h>
+#include <sched.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "vhost-net-backend/confinement.hpp"
 #include "vhost-net-backend/controller.hpp"
@@ -42,8 +42,13 @@ std::string logical_cores(unsigned shards) {
 }
 
 tandem::Status start_eal(const char* program, const Options& options) {
-  std::vector<std::string> words{program,   "--lcores=" + logical_cores(options.shards), "--no-pci", "--iova-mode=va",
-                                 "--no-telemetry", "--log-level=lib.eal:error", "--file-prefix=" + options.file_prefix};
+  std::vector<std::string> words{program,
+                                 "--lcores=" + logical_cores(options.shards),
+                                 "--no-pci",
+                                 "--iova-mode=va",
+                                 "--no-telemetry",
+                                 "--log-level=lib.eal:error",
+                                 "--file-prefix=" + options.file_prefix};
   if (options.hugepages) {
     words.insert(words.end(), {"--in-memory"});
   } else {
@@ -52,9 +57,10 @@ tandem::Status start_eal(const char* program, const Options& options) {
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   if (::rte_eal_init(static_cast<int>(arguments.size()), arguments.data()) < 0)
-    return tandem::fail(tandem::ErrorKind::kSystem,
-                        std::string("start DPDK's environment: ") + ::rte_strerror(rte_errno) +
-                            (options.hugepages ? "; check /proc/meminfo for free huge pages or set hugepages = \"never\"" : ""));
+    return tandem::fail(
+        tandem::ErrorKind::kSystem,
+        std::string("start DPDK's environment: ") + ::rte_strerror(rte_errno) +
+            (options.hugepages ? "; check /proc/meminfo for free huge pages or set hugepages = \"never\"" : ""));
   return {};
 }
 

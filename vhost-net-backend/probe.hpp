@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Probe points: names for the moments of a transaction, so that a test can kill a process exactly there.
 //
-// In shipping builds a probe is nothing. Test builds of this library define TANDEM_PROBES and call tandem_probe(), which the test
-// provides.
+// In shipping builds a probe is nothing. Test builds of this library define TANDEM_PROBES and call tandem_probe(),
+// which the test provides.
 #pragma once
 
 namespace tandem {
@@ -18,8 +18,8 @@ enum class ProbePoint {
   kCursorsAdvanced,
   kDisarmed,
   kNotified,
-  kCompletionCleared,   ///< busy bits of completed frames cleared, completion ring's consumer not moved
-  kTakeoverEpoch,       ///< heir holds the epoch, nothing replayed
+  kCompletionCleared,  ///< busy bits of completed frames cleared, completion ring's consumer not moved
+  kTakeoverEpoch,      ///< heir holds the epoch, nothing replayed
   kTakeoverReplayed,
   kCount,
 };

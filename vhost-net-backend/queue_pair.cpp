@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Stage, arm, apply, disarm: the transaction that moves a burst, and its replay by an heir.
 //
-// Each Apply function is written once and called twice: by the owner right after arming, and by an heir that finds the record
-// armed. Everything it does sets values that are in the record, so a second run after a crash at any point is the same run.
+// Each Apply function is written once and called twice: by the owner right after arming, and by an heir that finds the
+// record armed. Everything it does sets values that are in the record, so a second run after a crash at any point is
+// the same run.
 #include "vhost-net-backend/queue_pair.hpp"
 
 #include <unistd.h>
@@ -136,7 +137,8 @@ void count_transaction(ShardState& shard) {
   shard.transactions.store(shard.transactions.load(std::memory_order_relaxed) + 1, std::memory_order_release);
 }
 
-// Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has gone.
+// Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has
+// gone.
 std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, VringCursors& vring) {
   const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
   if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
@@ -148,8 +150,8 @@ std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, Vrin
   return 0;
 }
 
-// Hands out transmit frames that are neither busy nor given out in this burst. It passes over each word of the bitmap once, so
-// that a frame staged but not yet marked is never met again.
+// Hands out transmit frames that are neither busy nor given out in this burst. It passes over each word of the bitmap
+// once, so that a frame staged but not yet marked is never met again.
 class FramePicker {
  public:
   explicit FramePicker(const QueuePair& pair)
@@ -179,7 +181,8 @@ class FramePicker {
   std::uint64_t taken_ = 0;
 };
 
-// Copies a transmit chain's payload (all but the virtio header) to `frame`. Returns its length, 0 with `fault` set if refused.
+// Copies a transmit chain's payload (all but the virtio header) to `frame`. Returns its length, 0 with `fault` set if
+// refused.
 std::uint32_t gather(QueuePair& pair, std::uint16_t head, std::byte* frame, ChainFault& fault) {
   ChainWalker chain(*pair.memory, pair.transmit.queue, head, /*writable=*/false);
   const std::uint32_t room = pair.port->description().max_packet;
@@ -219,7 +222,8 @@ std::uint32_t gather(QueuePair& pair, std::uint16_t head, std::byte* frame, Chai
   return fault == ChainFault::kNone ? filled : 0;
 }
 
-// Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header included).
+// Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
+// included).
 class Scatter {
  public:
   Scatter(QueuePair& pair, std::uint16_t head) : pair_(pair), chain_(*pair.memory, pair.receive.queue, head, true) {}
@@ -275,8 +279,10 @@ struct Placed {
   std::uint32_t heads;  ///< avail entries used up, whatever the result
 };
 
-// Places one packet into receive buffers from avail entry record.avail_before + `offset`; adds used elements to the record.
-Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std::uint32_t offset, std::uint32_t ready) {
+// Places one packet into receive buffers from avail entry record.avail_before + `offset`; adds used elements to the
+// record.
+Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std::uint32_t offset,
+             std::uint32_t ready) {
   RedoRecord& record = pair.shard->record;
   const SplitQueue& queue = pair.receive.queue;
   const std::uint16_t first_used = record.used_count;
@@ -317,7 +323,8 @@ Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std
     done += copied;
     written += copied;
     if (scatter.fault() != ChainFault::kNone || (written == 0 && done < length)) {
-      // The whole packet is given up; the heads before this one are given back to be used again, this one goes back empty.
+      // The whole packet is given up; the heads before this one are given back to be used again, this one goes back
+      // empty.
       record.used_count = first_used;
       if (heads > 0) {
         // Return all of them empty: their content was partly written and their order in the ring must be kept.
@@ -330,7 +337,8 @@ Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std
     ++heads;
   } while (done < length);
   if (pair.header_size == kLongHeader) {
-    // num_buffers, little endian with VERSION_1; guest-endian before, which is little endian on every host Tandem runs on.
+    // num_buffers, little endian with VERSION_1; guest-endian before, which is little endian on every host Tandem runs
+    // on.
     *buffers_field[0] = static_cast<std::byte>(heads & 0xffu);
     *buffers_field[1] = static_cast<std::byte>(heads >> 8);
   }
@@ -480,8 +488,8 @@ bool record_is_valid(const RedoRecord& record) {
   const std::uint64_t word = record.arm.load(std::memory_order_acquire);
   return word != 0 && record.version == kRedoVersion &&
          (record.kind == RedoKind::kTransmit || record.kind == RedoKind::kReceive) &&
-         record.frame_count <= kBurstPackets && record.used_count <= kBurstUsed &&
-         record.queue_pair < kMaxQueuePairs && record.epoch == static_cast<std::uint32_t>(word >> 32) &&
+         record.frame_count <= kBurstPackets && record.used_count <= kBurstUsed && record.queue_pair < kMaxQueuePairs &&
+         record.epoch == static_cast<std::uint32_t>(word >> 32) &&
          record_crc(record) == static_cast<std::uint32_t>(word);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// QueuePair: moves packets between one pair of virtqueues and one uplink queue, each burst a transaction (docs/transactions.md).
+// QueuePair: moves packets between one pair of virtqueues and one uplink queue, each burst a transaction
+// (docs/transactions.md).
 //
 // What is here can be thrown away at any instruction: cursors are in the pair segment, ring indices in shared rings.
 // Thread: the shard's owner only.
@@ -34,7 +35,7 @@ struct QueuePair {
   std::uint32_t header_size = 12;  ///< 12 with VERSION_1 or MRG_RXBUF, else 10 (Virtio 1.2, 5.1.6)
   bool mergeable = false;
   BoundQueue receive, transmit;
-  std::uint32_t frame_hint = 0;  ///< where to look first for a free transmit frame; private, any value will do
+  std::uint32_t frame_hint = 0;   ///< where to look first for a free transmit frame; private, any value will do
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
   bool receive_starved = false;   ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
   std::uint16_t starved_avail = 0;  ///< avail.idx when that was found
@@ -47,15 +48,16 @@ struct QueuePair {
   }
 };
 
-/// Guest -> uplink, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring entries moved, 0 when there was
-/// nothing to do or no room. The record is disarmed on return.
+/// Guest -> uplink, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring entries moved, 0
+/// when there was nothing to do or no room. The record is disarmed on return.
 std::uint32_t transmit_burst(QueuePair& pair);
 std::uint32_t receive_burst(QueuePair& pair);
 
 /// Frees transmit frames that the kernel has completed. Never between arm and disarm.
 void drain_completions(QueuePair& pair);
 
-/// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had told them.
+/// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had
+/// told them.
 void notify_all(QueuePair& pair);
 
 /// Outcome of looking at a record that a dead owner left.

@@ -2,6 +2,8 @@
 // The poll thread: commands from the control thread, the heir's wait, the owner's loop, sleeping and waking.
 #include "vhost-net-backend/shard.hpp"
 
+#include <rte_cycles.h>
+#include <rte_pause.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -9,9 +11,6 @@
 #include <algorithm>
 #include <cstring>
 #include <ctime>
-
-#include <rte_cycles.h>
-#include <rte_pause.h>
 
 namespace tandem {
 
@@ -85,8 +84,7 @@ void Shard::run_commands() {
     commands.swap(commands_);
     has_commands_.store(false, std::memory_order_relaxed);
   }
-  for (ShardCommand& command : commands)
-    std::visit([this](auto& alternative) { execute(alternative); }, command);
+  for (ShardCommand& command : commands) std::visit([this](auto& alternative) { execute(alternative); }, command);
 }
 
 void Shard::execute(AttachCommand& command) {
@@ -131,7 +129,8 @@ void Shard::execute(DrillCommand& command) {
   const std::byte* read_only = nullptr;
   for (const Served& served : devices_)
     if (served.in_force && served.in_force->description().region_count > 0)
-      read_only = served.in_force->memory()->view_some(served.in_force->description().regions[0].guest_address, 1).data();
+      read_only =
+          served.in_force->memory()->view_some(served.in_force->description().regions[0].guest_address, 1).data();
   fail_on_purpose(command.fault, read_only);
 }
 
@@ -161,8 +160,8 @@ void Shard::put_in_force(std::uint32_t device) {
         const BoundQueue& bound = newest->vring(vring);
         VringCursors& cursors = vring % 2 == 0 ? pair.receive : pair.transmit;
         if (!bound.queue.bound() || cursors.start_count == bound.start_count) continue;
-        // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count goes last, so
-        // that an heir who finds us dead in between does it over.
+        // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count
+        // goes last, so that an heir who finds us dead in between does it over.
         cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
         cursors.next_used = bound.queue.used_index();
         cursors.fault.store(QueueFault::kNone, std::memory_order_relaxed);
@@ -173,7 +172,8 @@ void Shard::put_in_force(std::uint32_t device) {
     rebuild_pairs();
     // Release: whoever reads N knows that nothing is written under N-1 any more.
     for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
-    // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many is harmless.
+    // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many
+    // is harmless.
     for (QueuePair& pair : pairs_)
       if (pair.memory == newest->memory()) notify_all(pair);
     prune(served, generation);
@@ -275,8 +275,8 @@ void Shard::wait_as_heir() {
       if (holds_what_is_in_force()) return;
       // What the dead owner put in force last is on its way to us; without it its record could not be replayed.
       period = kShortSleepMs;
-    }
-    else if (tag_ != 0 && watchdog_) watch_owner();
+    } else if (tag_ != 0 && watchdog_)
+      watch_owner();
     epoll_event woken[3];
     if (::epoll_wait(epoll.get(), woken, 3, period) < 0) continue;
     ring_.drain();
@@ -308,8 +308,8 @@ void Shard::watch_owner() {
   view.blocked_limit_ns = shard.blocked_limit_ns.load(std::memory_order_relaxed);
   if (view.spin_limit_ns == 0 || view.blocked_limit_ns == 0 || beat == 0) return;
   const std::uint64_t now = monotonic_ns();
-  view.still_ns = static_cast<std::uint64_t>(static_cast<double>(rte_rdtsc() - beat) * 1e9 /
-                                             static_cast<double>(config_.tsc_hz));
+  view.still_ns =
+      static_cast<std::uint64_t>(static_cast<double>(rte_rdtsc() - beat) * 1e9 / static_cast<double>(config_.tsc_hz));
   view.marked_asleep = shard.asleep.load(std::memory_order_acquire) != 0;
   if (view.marked_asleep) {
     view.work_pending = owner_sleeps_through_work();
@@ -337,7 +337,8 @@ void Shard::watch_owner() {
   if (verdict_ != HangVerdict::kNone) {
     if (now - verdict_ns_ < kCannotDieNs) return;
     say(ProblemEvent{0, "the owner of this shard is hung and does not die of SIGKILL (state " +
-                            std::string(1, view.state) + "): no takeover while it can still run; thaw its cgroup, or find "
+                            std::string(1, view.state) +
+                            "): no takeover while it can still run; thaw its cgroup, or find "
                             "what it waits for in /proc/PID/stack"});
   }
   verdict_ = verdict;
@@ -373,7 +374,8 @@ bool Shard::owner_sleeps_through_work() {
   return false;
 }
 
-// Pushes the dead man's switch, if the loop does what it is there for: a loop that turns while work lies about is no sign of life.
+// Pushes the dead man's switch, if the loop does what it is there for: a loop that turns while work lies about is no
+// sign of life.
 void Shard::beat(std::uint64_t now) {
   last_beat_ = now;
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);

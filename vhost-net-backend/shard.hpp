@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shard: one poll thread, first as heir, then as owner of a set of queue pairs.
 //
-// Heir: holds device descriptions, waits for the fence to say that the shard's owner is dead, then takes over (takeover.cpp).
-// Owner: polls its queue pairs, busy while there is work, asleep in epoll when there is none.
+// Heir: holds device descriptions, waits for the fence to say that the shard's owner is dead, then takes over
+// (takeover.cpp). Owner: polls its queue pairs, busy while there is work, asleep in epoll when there is none.
 //
-// Threads: run() is the poll thread; everything public besides it may be called by the control thread. The two share a mailbox;
-// what the poll thread has to say comes back through take_events() after event_fd() became readable.
+// Threads: run() is the poll thread; everything public besides it may be called by the control thread. The two share a
+// mailbox; what the poll thread has to say comes back through take_events() after event_fd() became readable.
 #pragma once
 
 #include <atomic>

@@ -13,7 +13,8 @@ constexpr std::uint64_t bit(unsigned number) { return std::uint64_t{1} << number
 Result<SplitQueue> SplitQueue::bind(const GuestMemory& memory, const VringDescription& vring, std::uint64_t features) {
   const std::uint32_t size = vring.size;
   if (size == 0 || size > kMaxVringSize || (size & (size - 1)) != 0)
-    return fail(ErrorKind::kInvalid, "bind virtqueue: size " + std::to_string(size) + " is not a power of two up to 32768");
+    return fail(ErrorKind::kInvalid,
+                "bind virtqueue: size " + std::to_string(size) + " is not a power of two up to 32768");
   // Avail and used rings end with an event field when EVENT_IDX is on; it costs two bytes to ask for it always.
   const std::byte* desc = memory.view_user(vring.descriptor_user_address, std::uint64_t{size} * sizeof(vring_desc));
   const std::byte* avail = memory.view_user(vring.avail_user_address, 4 + 2 * std::uint64_t{size} + 2);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SplitQueue: a split virtqueue (Virtio 1.2, section 2.7) as its device sees it.
 //
-// Reads go to the read-only view of guest memory, the used ring and avail_event are written through the window. The guest may
-// change its half at any time: each field is read once, atomically, and validated before use. Cursors are not kept here: they
-// live in the pair segment.
-// Thread: the shard's owner. Lifetime: a view into a GuestMemory that the caller keeps alive.
+// Reads go to the read-only view of guest memory, the used ring and avail_event are written through the window. The
+// guest may change its half at any time: each field is read once, atomically, and validated before use. Cursors are not
+// kept here: they live in the pair segment. Thread: the shard's owner. Lifetime: a view into a GuestMemory that the
+// caller keeps alive.
 #pragma once
 
 // The header's legacy part is C only; its structures are what we want.
@@ -22,8 +22,8 @@
 
 namespace tandem {
 
-/// A private copy of a descriptor that the guest may be changing. The compiler may not go back to the original: what was checked is
-/// what is used.
+/// A private copy of a descriptor that the guest may be changing. The compiler may not go back to the original: what
+/// was checked is what is used.
 inline vring_desc read_descriptor_once(const void* from) {
   struct Words {
     std::uint64_t low, high;
@@ -48,9 +48,7 @@ class SplitQueue {
     return load(&avail_->ring[index & mask_], std::memory_order_relaxed);
   }
   /// A private copy of descriptor `index`, which must be < size().
-  [[nodiscard]] vring_desc descriptor(std::uint16_t index) const {
-    return read_descriptor_once(&desc_[index]);
-  }
+  [[nodiscard]] vring_desc descriptor(std::uint16_t index) const { return read_descriptor_once(&desc_[index]); }
 
   /// Used ring; all need WindowOpen.
   void write_used(std::uint16_t index, std::uint32_t id, std::uint32_t length) const {
@@ -64,10 +62,11 @@ class SplitQueue {
   }
   [[nodiscard]] std::uint16_t used_index() const { return load(&used_view_->idx, std::memory_order_acquire); }
 
-  /// Asks the driver to kick when it makes entry `next_avail` available. Followed by a full fence: look at avail_index() again
-  /// before sleeping. Needs WindowOpen.
+  /// Asks the driver to kick when it makes entry `next_avail` available. Followed by a full fence: look at
+  /// avail_index() again before sleeping. Needs WindowOpen.
   void enable_kicks(std::uint16_t next_avail) const;
-  /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: an event index in the past does it. Needs WindowOpen.
+  /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: an event index in the past does it. Needs
+  /// WindowOpen.
   void disable_kicks() const;
 
   /// Whether the driver wants an interrupt for used.idx moving from `before` to `after` (already published).

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Takeover: what an heir does between seeing its predecessor dead and polling (docs/fence.md).
 //
-// Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain completions
-// and notify both sides of everything, for the dead owner may have died between publishing and telling; put newer descriptions
-// in force. A second death anywhere in here leaves a state from which the next heir does the same again.
-#include <algorithm>
-
+// Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain
+// completions and notify both sides of everything, for the dead owner may have died between publishing and telling; put
+// newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the same
+// again.
 #include <rte_cycles.h>
+
+#include <algorithm>
 
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/shard.hpp"
@@ -59,15 +60,14 @@ bool Shard::take_over() {
 
 // The description under which a device's queue pairs are served, with its generation; nullptr if it is not held here.
 std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::uint64_t& generation) {
-  // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all cursors
-  // for the new one and had moved no packet since, so the newest stands for all.
+  // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all
+  // cursors for the new one and had moved no packet since, so the newest stands for all.
   generation = 0;
   for_each_pair(served, [&](QueuePairState& pair) {
     generation = std::max(generation, pair.generation.load(std::memory_order_acquire));
   });
-  const auto found = std::find_if(served.held.begin(), served.held.end(), [&](const auto& held) {
-    return held->description().generation == generation;
-  });
+  const auto found = std::find_if(served.held.begin(), served.held.end(),
+                                  [&](const auto& held) { return held->description().generation == generation; });
   return found == served.held.end() ? nullptr : *found;
 }
 
@@ -98,10 +98,11 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
     return candidate.index == record.queue_pair && candidate.generation == record.generation;
   });
   if (!record_is_valid(record) || pair == pairs_.end()) {
-    // The dead owner damaged it, or nobody can map its memory any more. The cursors still stand before the burst or after it:
-    // that burst may be lost or repeated, everything else stays exact.
-    say(ProblemEvent{0, "replay the dead owner's record: it is damaged or its device is gone; the burst in hand may be "
-                        "lost or repeated"});
+    // The dead owner damaged it, or nobody can map its memory any more. The cursors still stand before the burst or
+    // after it: that burst may be lost or repeated, everything else stays exact.
+    say(ProblemEvent{0,
+                     "replay the dead owner's record: it is damaged or its device is gone; the burst in hand may be "
+                     "lost or repeated"});
     // Where the guest's used index and our cursor differ, half of the burst was published: going on would take it back.
     for (QueuePair& candidate : pairs_) {
       for (const auto& [bound, cursors] : {std::pair{&candidate.receive, &candidate.state->receive},

@@ -17,15 +17,16 @@ namespace tandem {
 
 namespace {
 
-constexpr long kLookNs = 300'000;  // between two readings of the owner's CPU time
+constexpr long kLookNs = 300'000;          // between two readings of the owner's CPU time
 constexpr std::uint64_t kBusyNs = 50'000;  // of CPU used in between: running, not waiting for a CPU
 
 timespec to_timespec(std::uint64_t ns) {
   return {static_cast<time_t>(ns / 1'000'000'000), static_cast<long>(ns % 1'000'000'000)};
 }
 
-// CPU time of a whole process, exact to the moment of the call also while it runs (unlike /proc, which is brought up to date by
-// the timer tick). Of another process only the whole can be read, not one thread; its control thread hardly ever runs.
+// CPU time of a whole process, exact to the moment of the call also while it runs (unlike /proc, which is brought up to
+// date by the timer tick). Of another process only the whole can be read, not one thread; its control thread hardly
+// ever runs.
 std::uint64_t cpu_time(pid_t pid) {
   clockid_t clock{};
   timespec used{};

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Watchdog: how an heir notices that its owner lives but does not work (docs/fence.md, "Hangs").
 //
-// A dead man's switch: owner and heir share a timer descriptor. The owner pushes the timer ahead about every millisecond while its
-// loop turns and makes progress; an owner that stands still lets it expire, and the expiry wakes the heir out of epoll. So watching
-// costs the heir nothing, and the owner one system call a millisecond. The expiry is a question, not a verdict: the heir then
-// looks at what the owner's thread is doing. A wrong verdict costs one failover, never correctness: the owner is killed through a
-// pidfd, and only its death, seen by the fence, lets the heir take over.
+// A dead man's switch: owner and heir share a timer descriptor. The owner pushes the timer ahead about every
+// millisecond while its loop turns and makes progress; an owner that stands still lets it expire, and the expiry wakes
+// the heir out of epoll. So watching costs the heir nothing, and the owner one system call a millisecond. The expiry is
+// a question, not a verdict: the heir then looks at what the owner's thread is doing. A wrong verdict costs one
+// failover, never correctness: the owner is killed through a pidfd, and only its death, seen by the fence, lets the
+// heir take over.
 #pragma once
 
 #include <sys/types.h>

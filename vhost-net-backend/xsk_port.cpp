@@ -28,11 +28,12 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
                                               const std::string& what) {
   if (description.version != kXskDescriptionVersion || !ring_is_sane(description.rx, sizeof(xdp_desc)) ||
       !ring_is_sane(description.tx, sizeof(xdp_desc)) || !ring_is_sane(description.fill, 8) ||
-      !ring_is_sane(description.completion, 8) || description.frame_size < 2048 || (description.frame_size & (description.frame_size - 1)) != 0 ||
-      description.max_packet > description.frame_size || description.tx_frames % 64 != 0 || description.tx_frames == 0 ||
-      description.tx_frames > kTransmitFrames ||
+      !ring_is_sane(description.completion, 8) || description.frame_size < 2048 ||
+      (description.frame_size & (description.frame_size - 1)) != 0 || description.max_packet > description.frame_size ||
+      description.tx_frames % 64 != 0 || description.tx_frames == 0 || description.tx_frames > kTransmitFrames ||
       std::uint64_t{description.rx_frames + description.tx_frames} * description.frame_size != description.umem_size)
-    return fail(ErrorKind::kInvalid, "map " + what + ": the socket's description is inconsistent or of another version");
+    return fail(ErrorKind::kInvalid,
+                "map " + what + ": the socket's description is inconsistent or of another version");
   std::unique_ptr<XskPort> port{new XskPort};
   port->description_ = description;
   const XskRing* rings[] = {&description.rx, &description.tx, &description.fill, &description.completion};
@@ -42,8 +43,8 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
     if (!mapping) return within("map AF_XDP ring", std::move(mapping.error()));
     port->maps_[i] = std::move(*mapping);
   }
-  auto frames = Mapping::map(umem.get(), description.umem_size, PROT_READ | PROT_WRITE, 0, what,
-                             MAP_SHARED | MAP_POPULATE);
+  auto frames =
+      Mapping::map(umem.get(), description.umem_size, PROT_READ | PROT_WRITE, 0, what, MAP_SHARED | MAP_POPULATE);
   if (!frames) return within("map AF_XDP frames", std::move(frames.error()));
   port->maps_[4] = std::move(*frames);
   for (const Mapping& mapping : port->maps_) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // XskPort: one AF_XDP socket driven from its shared rings alone.
 //
-// The socket, its rings and its frames were made by the supervisor (recovery/uplink) and outlive every backend. Ring indices
-// are never cached across bursts: they live in the rings, so that an heir goes on from where the dead owner stood.
-// Thread: exactly one owner at a time (docs/fence.md). Source: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h.
+// The socket, its rings and its frames were made by the supervisor (recovery/uplink) and outlive every backend. Ring
+// indices are never cached across bursts: they live in the rings, so that an heir goes on from where the dead owner
+// stood. Thread: exactly one owner at a time (docs/fence.md). Source: include/uapi/linux/if_xdp.h, net/xdp/xsk_queue.h.
 #pragma once
 
 #include <linux/if_xdp.h>
@@ -59,7 +59,8 @@ class XskPort {
   /// Maps the four rings and the UMEM. `what` names the uplink in errors.
   static Result<std::unique_ptr<XskPort>> map(const XskDescription& description, UniqueFd socket, UniqueFd umem,
                                               const std::string& what);
-  /// A port over memory that is not a socket: tests and measurements play the kernel's side. `memory` holds rings and frames.
+  /// A port over memory that is not a socket: tests and measurements play the kernel's side. `memory` holds rings and
+  /// frames.
   static std::unique_ptr<XskPort> over_memory(const XskDescription& description, std::byte* rings, std::byte* frames);
 
   XskRingView<xdp_desc> rx, tx;
@@ -86,7 +87,8 @@ class XskPort {
   [[nodiscard]] int fd() const { return socket_.get(); }
 
   /// Lets the kernel send what is on the TX ring; at most a few system calls. True when the ring is empty afterwards.
-  /// False means "later": the device is down, its queue is full, or (copy mode) the call's budget of 32 frames is used up.
+  /// False means "later": the device is down, its queue is full, or (copy mode) the call's budget of 32 frames is used
+  /// up.
   bool wake_transmit() const;
 
  private:

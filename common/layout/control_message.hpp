@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Control messages between the supervisor and a backend, over an FdChannel. One message is one datagram: header, body.
 //
-// Raise kControlVersion when a body changes; a backend that is greeted with another version answers kProblem and leaves.
+// Raise kControlVersion when a body changes; a backend that is greeted with another version answers kProblem and
+// leaves.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,7 @@ enum class ControlType : std::uint16_t {
   kDescribe = 4,  ///< DeviceDescription; fds in its order
   kPrune = 5,     ///< DeviceBody: drop descriptions older than the generation
   kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard. fd: pidfd of the
-             ///< present owner, if there is one
+                  ///< present owner, if there is one
   kDrill = 7,     ///< DrillBody: fail on purpose
   // backend -> supervisor
   kReady = 100,             ///< ReadyBody: EAL up, poll threads running
@@ -31,8 +32,8 @@ enum class ControlType : std::uint16_t {
   kInForce = 102,           ///< DeviceBody: owner of all shards it owns put this generation in force
   kTookOver = 103,          ///< TakeoverBody, after replay
   kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
-  kDetached = 106,          ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
-  kProblem = 105,           ///< ProblemBody: text for the log; does not by itself end anything
+  kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
+  kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
 };
 
 struct ControlHeader {
@@ -102,7 +103,8 @@ struct ProblemBody {
 };
 
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
-static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 16 && sizeof(DrillBody) == 8 && sizeof(ProblemBody) == 256);
+static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 16 && sizeof(DrillBody) == 8 &&
+              sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);
 
 }  // namespace tandem

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeviceDescription: everything a backend must know to serve one vhost-user device, as plain data with a generation number.
+// DeviceDescription: everything a backend must know to serve one vhost-user device, as plain data with a generation
+// number.
 //
 // The supervisor builds it from vhost-user messages (vmm/) and sends it, with its descriptors, to both backends. A new
-// generation replaces the old one as a whole. Descriptors travel beside it in one fixed order: one per memory region, then per
-// vring its kick fd if kHasKick, its call fd if kHasCall.
+// generation replaces the old one as a whole. Descriptors travel beside it in one fixed order: one per memory region,
+// then per vring its kick fd if kHasKick, its call fd if kHasCall.
 #pragma once
 
 #include <cstddef>

@@ -5,7 +5,8 @@
  * slots[tag % TANDEM_FENCE_SLOTS]; the incarnation is dead if and only if slot.tag == tag. Tag 0 means "nobody" and is
  * dead by definition: that is how a first owner comes into being by the same path as an heir.
  *
- * Writers: the BPF programs only (the slots map is frozen for user space). Readers: every process of the pair, read-only. */
+ * Writers: the BPF programs only (the slots map is frozen for user space). Readers: every process of the pair,
+ * read-only. */
 #ifndef TANDEM_COMMON_LAYOUT_FENCE_SLOT_H
 #define TANDEM_COMMON_LAYOUT_FENCE_SLOT_H
 

@@ -2,8 +2,8 @@
 // RedoRecord: one burst that is being moved between rings, written before it happens so that an heir can finish it.
 //
 // Life of a record, all by the shard's owner: filled while `arm` is 0 (Stage); `arm` set with release order (the commit
-// point); every effect applied, each by setting a recorded value, so that doing it again changes nothing (Apply); `arm` set to
-// 0 with release order. An heir that finds `arm` not 0 checks version and CRC and applies it once more.
+// point); every effect applied, each by setting a recorded value, so that doing it again changes nothing (Apply); `arm`
+// set to 0 with release order. An heir that finds `arm` not 0 checks version and CRC and applies it once more.
 //
 // The record lives in the pair segment: whatever a killed thread had stored before its last instruction is in it.
 #pragma once
@@ -51,9 +51,9 @@ struct alignas(64) RedoRecord {
   std::uint32_t queue_pair;                 ///< index in the segment
   std::uint32_t epoch;
   std::uint32_t padding;
-  std::uint64_t generation;                            ///< of the device description the burst was staged under
-  std::uint32_t consumer_before, consumer_after;       ///< receive: the RX ring's consumer
-  std::uint32_t producer_before, producer_after;       ///< transmit: TX ring's producer; receive: fill ring's producer
+  std::uint64_t generation;                       ///< of the device description the burst was staged under
+  std::uint32_t consumer_before, consumer_after;  ///< receive: the RX ring's consumer
+  std::uint32_t producer_before, producer_after;  ///< transmit: TX ring's producer; receive: fill ring's producer
   std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied
   RedoFrame frames[kBurstPackets];
   RedoUsed used[kBurstUsed];

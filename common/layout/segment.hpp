@@ -4,8 +4,8 @@
 // A memfd, made and held by the supervisor and the vault, mapped writable by both backends. Its content is hostile to
 // whoever takes it over: a crashed owner may have damaged it. Nothing in it is a pointer.
 //
-// Who writes: a shard's fields, its record, and its queue pairs' states only the thread that owns the shard. The owner word
-// only an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence).
+// Who writes: a shard's fields, its record, and its queue pairs' states only the thread that owns the shard. The owner
+// word only an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence).
 #pragma once
 
 #include <atomic>
@@ -49,8 +49,8 @@ struct alignas(64) VringCursors {
 };
 
 struct alignas(64) QueuePairState {
-  /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its record
-  /// is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
+  /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its
+  /// record is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
   std::atomic<std::uint64_t> generation;
   std::uint64_t reserved[7];
   VringCursors receive, transmit;
@@ -78,9 +78,9 @@ struct TakeoverTimeline {
   std::uint64_t epoch_ns;
   std::uint64_t replayed_ns;
   std::uint64_t first_transaction_ns;
-  std::uint32_t record_armed;    ///< 1 if a record was found armed
-  std::uint32_t record_valid;    ///< 1 if it passed validation and was replayed
-  std::uint32_t replayed_kind;   ///< RedoKind
+  std::uint32_t record_armed;   ///< 1 if a record was found armed
+  std::uint32_t record_valid;   ///< 1 if it passed validation and was replayed
+  std::uint32_t replayed_kind;  ///< RedoKind
   std::uint32_t replayed_packets;
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over

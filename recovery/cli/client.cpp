@@ -23,8 +23,8 @@ Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohman
   const timeval limit{limit_seconds, 0};
   ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
-    return fail_errno(doing, errno == EACCES ? "run this as root"
-                                             : "is tandemd running? Start it with: systemctl start tandemd");
+    return fail_errno(
+        doing, errno == EACCES ? "run this as root" : "is tandemd running? Start it with: systemctl start tandemd");
   const std::string text = request.dump() + "\n";
   for (std::size_t sent = 0; sent < text.size();) {
     const ssize_t count = ::send(socket.get(), text.data() + sent, text.size() - sent, MSG_NOSIGNAL);

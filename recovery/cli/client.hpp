@@ -10,6 +10,7 @@
 namespace tandem {
 
 /// Blocks until tandemd answers or `limit_seconds` pass. An answer with "ok": false becomes an Error with its text.
-Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohmann::json& request, int limit_seconds = 30);
+Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohmann::json& request,
+                                   int limit_seconds = 30);
 
 }  // namespace tandem

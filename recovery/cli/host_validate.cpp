@@ -45,12 +45,13 @@ std::vector<HostCheck> validate_host(const std::string& control_socket) {
   const UniqueFd xdp{::socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0)};
   checks.push_back(check("AF_XDP sockets", xdp.get() >= 0 || ::geteuid() != 0,
                          "the kernel needs CONFIG_XDP_SOCKETS=y, as Debian's have"));
-  checks.push_back(check("hardware virtualization (KVM)", cpu_virtualizes() && exists("/dev/kvm"),
-                         "guests run under QEMU's emulation (type='qemu'), many times slower; enable it in the firmware",
-                         Verdict::kWarn));
+  checks.push_back(check(
+      "hardware virtualization (KVM)", cpu_virtualizes() && exists("/dev/kvm"),
+      "guests run under QEMU's emulation (type='qemu'), many times slower; enable it in the firmware", Verdict::kWarn));
   checks.push_back(check("/dev/net/tun (not used by Tandem; libvirt's ordinary NICs need it)", exists("/dev/net/tun"),
                          "load the module: modprobe tun", Verdict::kWarn));
-  checks.push_back(check("libvirt (/run/libvirt/libvirt-sock)", exists("/run/libvirt/libvirt-sock") || exists("/run/libvirt/virtqemud-sock"),
+  checks.push_back(check("libvirt (/run/libvirt/libvirt-sock)",
+                         exists("/run/libvirt/libvirt-sock") || exists("/run/libvirt/virtqemud-sock"),
                          "start it: systemctl start libvirtd, or libvirtd -d without systemd"));
   checks.push_back(check("libvirt hook (/etc/libvirt/hooks/qemu.d/tandem)", exists("/etc/libvirt/hooks/qemu.d/tandem"),
                          "install it, then restart libvirtd or send it SIGHUP: hooks are looked for only then"));

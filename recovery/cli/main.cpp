@@ -44,14 +44,15 @@ int host_validate(const Options& options) {
     failed = failed || check.verdict == tandem::HostCheck::Verdict::kFail;
     list.push_back({{"check", check.what}, {"verdict", name}, {"remedy", check.remedy}});
     if (!options.json)
-      std::printf("%s: %s%s%s\n", name, check.what.c_str(), check.remedy.empty() ? "" : "\n      ", check.remedy.c_str());
+      std::printf("%s: %s%s%s\n", name, check.what.c_str(), check.remedy.empty() ? "" : "\n      ",
+                  check.remedy.c_str());
   }
   if (options.json) std::printf("%s\n", json{{"ok", !failed}, {"checks", list}}.dump(2).c_str());
   return failed ? 1 : 0;
 }
 
-// libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, the domain's XML on standard input. What goes to standard error appears in
-// virsh's message when the start is refused.
+// libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, the domain's XML on standard input. What goes to standard error
+// appears in virsh's message when the start is refused.
 int hook(const Options& options, const std::vector<std::string>& words) {
   const auto word = [&](std::size_t n) { return n < words.size() ? words[n] : std::string{}; };
   const std::string xml{std::istreambuf_iterator<char>(std::cin), {}};
@@ -59,11 +60,9 @@ int hook(const Options& options, const std::vector<std::string>& words) {
   const bool ending = word(1) == "release";
   // Everything else must succeed: a failing "reconnect" would make libvirtd kill the running guest.
   if ((!starting && !ending) || !tandem::names_tandem(xml)) return 0;
-  const auto answer = tandem::ask_tandemd(options.socket, {{"command", "hook"},
-                                                           {"name", word(0)},
-                                                           {"operation", word(1)},
-                                                           {"sub_operation", word(2)},
-                                                           {"xml", xml}});
+  const auto answer = tandem::ask_tandemd(
+      options.socket,
+      {{"command", "hook"}, {"name", word(0)}, {"operation", word(1)}, {"sub_operation", word(2)}, {"xml", xml}});
   if (answer) return 0;
   std::fprintf(stderr, "tandem: %s\n", answer.error().text.c_str());
   return starting ? 1 : 0;
@@ -82,7 +81,8 @@ int main(int argc, char** argv) {
   auto* incidents = app.add_subcommand("incidents", "failovers, newest last");
   auto* drill = app.add_subcommand("drill", "make the active backend fail and report the failover");
   auto* validate = app.add_subcommand("host-validate", "check what this host has and lacks");
-  auto* hook_command = app.add_subcommand("hook", "for libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, XML on stdin");
+  auto* hook_command =
+      app.add_subcommand("hook", "for libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, XML on stdin");
   for (auto* command : {status, incidents, drill, validate})
     command->add_flag("--json", options.json, "JSON instead of a table");
   std::string pair = "default";

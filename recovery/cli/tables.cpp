@@ -61,25 +61,29 @@ std::string local_time(std::int64_t milliseconds) {
 std::string status_table(const nlohmann::json& status) {
   std::vector<Row> pairs{{"Pair", "State", "Active", "Standby", "Epoch", "NICs"}};
   for (const auto& pair : status.at("pairs"))
-    pairs.push_back({show(pair["name"]), show(pair["state"]), show(pair["active"]["pid"]) + " " + show(pair["active"]["state"]),
+    pairs.push_back({show(pair["name"]), show(pair["state"]),
+                     show(pair["active"]["pid"]) + " " + show(pair["active"]["state"]),
                      show(pair["standby"]["pid"]) + " " + show(pair["standby"]["state"]), show(pair["epoch"]),
                      std::to_string(pair["nics"].size())});
-  std::vector<Row> nics{{"MAC", "Domain", "Pair", "Uplink", "Link", "RX packets", "TX packets", "Dropped", "Overflow", "Problem"}};
+  std::vector<Row> nics{
+      {"MAC", "Domain", "Pair", "Uplink", "Link", "RX packets", "TX packets", "Dropped", "Overflow", "Problem"}};
   for (const auto& nic : status.at("nics")) {
     const auto& uplink = nic["uplink"];
-    const std::string name = uplink.contains("bridge") ? show(uplink["bridge"]) : show(uplink.value("dev", nlohmann::json()));
+    const std::string name =
+        uplink.contains("bridge") ? show(uplink["bridge"]) : show(uplink.value("dev", nlohmann::json()));
     const std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
-    nics.push_back({show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name,
-                    nic["connected"].get<bool>() ? "connected" : "waiting", show(nic["rx"]["packets"]),
-                    show(nic["tx"]["packets"]),
-                    std::to_string(nic["rx"]["dropped"].get<std::uint64_t>() + nic["tx"]["dropped"].get<std::uint64_t>()),
-                    show(nic["overflow"]), problem.empty() ? "-" : problem});
+    nics.push_back(
+        {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name,
+         nic["connected"].get<bool>() ? "connected" : "waiting", show(nic["rx"]["packets"]), show(nic["tx"]["packets"]),
+         std::to_string(nic["rx"]["dropped"].get<std::uint64_t>() + nic["tx"]["dropped"].get<std::uint64_t>()),
+         show(nic["overflow"]), problem.empty() ? "-" : problem});
   }
   return lay_out(pairs) + "\n" + lay_out(nics);
 }
 
 std::string incident_table(const nlohmann::json& incidents) {
-  std::vector<Row> rows{{"Id", "Time", "Pair", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
+  std::vector<Row> rows{
+      {"Id", "Time", "Pair", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
   for (const auto& incident : incidents.at("incidents")) {
     const auto& timeline = incident["timeline_ns"];
     const auto& replayed = incident["replayed"];

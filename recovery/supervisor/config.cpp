@@ -2,11 +2,12 @@
 // TOML to Config, refusing what it does not know: a misspelt key must not be silently a default.
 #include "recovery/supervisor/config.hpp"
 
-#include <functional>
+#include <toml++/toml.h>
+
 #include <fstream>
+#include <functional>
 #include <map>
 #include <sstream>
-#include <toml++/toml.h>
 
 namespace tandem {
 
@@ -78,17 +79,21 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"run_dir", text(config.run_dir)},
       {"incident_dir", text(config.incident_dir)},
       {"pin_dir", text(pin_dir)},
-      {"log_level", choice<std::string>(config.log_level, {{"trace", "trace"}, {"debug", "debug"}, {"info", "info"},
-                                                           {"warning", "warning"}, {"error", "error"}})},
+      {"log_level",
+       choice<std::string>(
+           config.log_level,
+           {{"trace", "trace"}, {"debug", "debug"}, {"info", "info"}, {"warning", "warning"}, {"error", "error"}})},
       {"backend.path", text(config.backend_path)},
       {"backend.user", text(config.backend_user)},
       {"qemu.socket_user", text(config.socket_user)},
       {"qemu.socket_group", text(config.socket_group)},
       {"pair.shards", number<std::uint32_t>(config.shards, 1, kMaxShards)},
       {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
-      {"pair.polling", choice<Polling>(config.polling, {{"adaptive", Polling::kAdaptive}, {"always", Polling::kAlways}})},
-      {"pair.hugepages", choice<Hugepages>(config.hugepages, {{"auto", Hugepages::kAuto}, {"always", Hugepages::kAlways},
-                                                              {"never", Hugepages::kNever}})},
+      {"pair.polling",
+       choice<Polling>(config.polling, {{"adaptive", Polling::kAdaptive}, {"always", Polling::kAlways}})},
+      {"pair.hugepages",
+       choice<Hugepages>(config.hugepages,
+                         {{"auto", Hugepages::kAuto}, {"always", Hugepages::kAlways}, {"never", Hugepages::kNever}})},
   };
   std::map<std::string, const toml::node*> keys;
   flatten(table, "", keys);

@@ -13,19 +13,19 @@ namespace tandem {
 enum class Hugepages { kAuto, kAlways, kNever };
 
 struct Config {
-  std::string instance = "default";       ///< separates several tandemd on one host: pins and network devices carry it
-  std::string run_dir = "/run/tandem";    ///< sockets
+  std::string instance = "default";     ///< separates several tandemd on one host: pins and network devices carry it
+  std::string run_dir = "/run/tandem";  ///< sockets
   std::string incident_dir = "/var/lib/tandem/incidents";
   std::string pin_dir = "/sys/fs/bpf/tandem/default";
   std::string log_level = "info";
-  std::string backend_path;               ///< the tandem-backend program; empty: beside tandemd or in libexec
-  std::string backend_user = "tandem";    ///< account that backends run as
+  std::string backend_path;                  ///< the tandem-backend program; empty: beside tandemd or in libexec
+  std::string backend_user = "tandem";       ///< account that backends run as
   std::string socket_user = "libvirt-qemu";  ///< owner of the sockets that QEMU connects to; empty: root
   std::string socket_group = "libvirt-qemu";
-  std::uint32_t shards = 1;               ///< poll threads per backend
+  std::uint32_t shards = 1;  ///< poll threads per backend
   Polling polling = Polling::kAdaptive;
   Hugepages hugepages = Hugepages::kAuto;
-  std::int32_t nice = -10;                ///< of poll threads, -20 to 19: an heir must get a busy CPU at once
+  std::int32_t nice = -10;  ///< of poll threads, -20 to 19: an heir must get a busy CPU at once
 
   [[nodiscard]] std::string nic_socket_dir() const { return run_dir + "/nic"; }
   [[nodiscard]] std::string dpdk_dir() const { return run_dir + "/dpdk"; }
@@ -33,7 +33,8 @@ struct Config {
   [[nodiscard]] std::string vault_socket() const { return run_dir + "/vault.sock"; }
 };
 
-/// Reads `path`. An unknown key, a wrong type or a value out of range is an error that names the key. A missing file is one too.
+/// Reads `path`. An unknown key, a wrong type or a value out of range is an error that names the key. A missing file is
+/// one too.
 Result<Config> read_config(const std::string& path);
 /// The same from text; `origin` names it in errors.
 Result<Config> parse_config(const std::string& text, const std::string& origin);

@@ -2,13 +2,13 @@
 // Unix-socket server for one-line JSON requests.
 #include "recovery/supervisor/control_server.hpp"
 
+#include <spdlog/spdlog.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <cstring>
-#include <spdlog/spdlog.h>
 
 namespace tandem {
 
@@ -26,7 +26,8 @@ Result<UniqueFd> listen_unix(const std::string& path, unsigned mode, int user, i
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof address.sun_path)
-    return fail(ErrorKind::kInvalid, "listen on " + path + ": the path is longer than a socket's may be; shorten run_dir");
+    return fail(ErrorKind::kInvalid,
+                "listen on " + path + ": the path is longer than a socket's may be; shorten run_dir");
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
   UniqueFd socket{::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
   if (!socket) return fail_errno("listen on " + path);
@@ -41,7 +42,8 @@ Result<UniqueFd> listen_unix(const std::string& path, unsigned mode, int user, i
   return socket;
 }
 
-Result<std::unique_ptr<ControlServer>> ControlServer::listen(const std::string& path, EventLoop& loop, Handler handler) {
+Result<std::unique_ptr<ControlServer>> ControlServer::listen(const std::string& path, EventLoop& loop,
+                                                             Handler handler) {
   std::unique_ptr<ControlServer> server{new ControlServer(path, loop, std::move(handler))};
   auto socket = listen_unix(path, 0660);
   if (!socket) return tl::make_unexpected(std::move(socket.error()));

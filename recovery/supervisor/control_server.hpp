@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// ControlServer: the socket that virt-tandem and the libvirt hook talk to. One JSON request a connection, one JSON answer.
+// ControlServer: the socket that virt-tandem and the libvirt hook talk to. One JSON request a connection, one JSON
+// answer.
 //
-// Request: an object on one line, {"command": "...", ...}. Answer: {"ok": true, ...} or {"ok": false, "error": "sentence"}; then the
-// connection is closed. Event loop's thread only. A client that is slow, silent or too long costs only itself.
+// Request: an object on one line, {"command": "...", ...}. Answer: {"ok": true, ...} or {"ok": false, "error":
+// "sentence"}; then the connection is closed. Event loop's thread only. A client that is slow, silent or too long costs
+// only itself.
 #pragma once
 
 #include <functional>

@@ -46,7 +46,8 @@ EventLoop::Source EventLoop::after(std::chrono::nanoseconds delay, Callback call
   Source source;
   source.handle = std::make_shared<Holder>();
   source.handle->callback = std::move(callback);
-  const auto microseconds = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(delay).count());
+  const auto microseconds =
+      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(delay).count());
   // Accuracy 1 us: the default would coalesce to 250 ms. Out of memory is the only failure; it aborts like any other.
   if (sd_event_add_time_relative(event_.get(), &source.handle->source, CLOCK_MONOTONIC, microseconds, 1, on_time,
                                  source.handle.get()) < 0)

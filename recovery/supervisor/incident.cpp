@@ -53,7 +53,8 @@ nlohmann::json Incident::to_json() const {
   nlohmann::json replayed{{"armed", timeline.record_armed != 0}};
   if (timeline.record_armed != 0) {
     replayed["valid"] = timeline.record_valid != 0;
-    replayed["direction"] = timeline.replayed_kind == static_cast<std::uint32_t>(RedoKind::kTransmit) ? "transmit" : "receive";
+    replayed["direction"] =
+        timeline.replayed_kind == static_cast<std::uint32_t>(RedoKind::kTransmit) ? "transmit" : "receive";
     replayed["packets"] = timeline.replayed_packets;
     replayed["queue_pair"] = timeline.replayed_queue_pair;
   }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // tandemd: the supervisor of all pairs of a host.
-#include <CLI/CLI.hpp>
-#include <csignal>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <systemd/sd-daemon.h>
+
+#include <CLI/CLI.hpp>
+#include <csignal>
 
 #include "recovery/supervisor/supervisor.hpp"
 
@@ -38,7 +39,8 @@ tandem::Status serve(const std::string& path) {
     sources.push_back(std::move(*source));
   }
   sd_notify(0, "READY=1");
-  if (loop->run() != 0) return tandem::fail(tandem::ErrorKind::kGone, "serve: tandemd had to give up; its log says why");
+  if (loop->run() != 0)
+    return tandem::fail(tandem::ErrorKind::kGone, "serve: tandemd had to give up; its log says why");
   return {};
 }
 
@@ -46,7 +48,8 @@ tandem::Status serve(const std::string& path) {
 
 int main(int argc, char** argv) {
   std::string config;
-  CLI::App app{"Tandem's supervisor: keeps an active and a standby backend for every pair, and QEMU connected to them."};
+  CLI::App app{
+      "Tandem's supervisor: keeps an active and a standby backend for every pair, and QEMU connected to them."};
   app.set_version_flag("--version", std::string("tandemd ") + TANDEM_VERSION);
   app.add_option("--config", config, "configuration file (TOML); defaults apply without one");
   CLI11_PARSE(app, argc, argv);

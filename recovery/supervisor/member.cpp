@@ -61,8 +61,13 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
   ::mkdir(config.dpdk_dir().c_str(), 0700);
   if (::chown(config.dpdk_dir().c_str(), account->pw_uid, account->pw_gid) != 0)
     return fail_errno(doing + ": give it " + config.dpdk_dir());
-  std::vector<std::string> words{backend_path, "--control-fd", std::to_string(kChildControlFd), "--shards",
-                                 std::to_string(config.shards), "--file-prefix", "tandem-" + config.instance};
+  std::vector<std::string> words{backend_path,
+                                 "--control-fd",
+                                 std::to_string(kChildControlFd),
+                                 "--shards",
+                                 std::to_string(config.shards),
+                                 "--file-prefix",
+                                 "tandem-" + config.instance};
   if (hugepages) words.emplace_back("--hugepages");
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());

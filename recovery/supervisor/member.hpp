@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Member: one backend process of a pair, from the supervisor's side: spawn, talk, watch, kill.
 //
-// Owns the process's pidfd and the control channel's end. Destroying a Member kills nothing: call kill() and wait for exit first.
+// Owns the process's pidfd and the control channel's end. Destroying a Member kills nothing: call kill() and wait for
+// exit first.
 #pragma once
 
 #include <sys/types.h>
@@ -29,14 +30,15 @@ struct ExitStatus {
 };
 
 class Member {
-  // First, so that they close last: the vault holds the same open files, and an event source whose descriptor is closed but whose
-  // file is not would go on to fire.
+  // First, so that they close last: the vault holds the same open files, and an event source whose descriptor is closed
+  // but whose file is not would go on to fire.
   pid_t pid_ = -1;
   UniqueFd pidfd_;
   FdChannel channel_;
 
  public:
-  /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the channel.
+  /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the
+  /// channel.
   static Result<Member> spawn(const Config& config, const std::string& backend_path, bool hugepages);
 
   /// A process that a dead supervisor started; its exit status will not be known here.
@@ -59,14 +61,14 @@ class Member {
   ExitStatus reap();
 
   enum class Stage { kStarting, kReady, kArmed, kOwner, kDead } stage = Stage::kStarting;
-  std::vector<pid_t> threads;               ///< poll threads' tids, one per shard
-  std::vector<std::uint32_t> tags;          ///< their fence tags
-  std::vector<std::uint32_t> rings;         ///< their wake rings
+  std::vector<pid_t> threads;        ///< poll threads' tids, one per shard
+  std::vector<std::uint32_t> tags;   ///< their fence tags
+  std::vector<std::uint32_t> rings;  ///< their wake rings
   std::uint32_t shards_owned = 0;
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
   EventLoop::Source on_message, on_exit;
-  EventLoop::Timer start_limit;           ///< a member that does not become ready is ended
+  EventLoop::Timer start_limit;  ///< a member that does not become ready is ended
 
  private:
   Member() = default;

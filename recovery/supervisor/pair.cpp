@@ -2,6 +2,7 @@
 // A pair's life: spawn, introduce, arm, take over, spawn again.
 #include "recovery/supervisor/pair.hpp"
 
+#include <spdlog/spdlog.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
@@ -11,7 +12,6 @@
 #include <cstring>
 #include <ctime>
 #include <fstream>
-#include <spdlog/spdlog.h>
 
 namespace tandem {
 
@@ -47,8 +47,8 @@ struct SchedulingAttributes {
   std::uint64_t runtime, deadline, period;
 };
 
-// A poll thread is woken to take over while others keep its CPU busy: with a low nice value and a short slice (honoured since
-// Linux 6.12) it gets the CPU within microseconds instead of after their slices.
+// A poll thread is woken to take over while others keep its CPU busy: with a low nice value and a short slice (honoured
+// since Linux 6.12) it gets the CPU within microseconds instead of after their slices.
 Status set_poll_priority(pid_t tid, int nice) {
   SchedulingAttributes attributes{};
   attributes.size = sizeof attributes;
@@ -402,8 +402,8 @@ void Pair::on_ready(Member& member, const ReadyBody& ready) {
   if (member.stage == Member::Stage::kArmed) step(PairEvent::kMemberReady);
 }
 
-// Everything the pair serves, the generation in force before a newer one. The channel keeps the order, so what is sent here is
-// held by the time the member is armed.
+// Everything the pair serves, the generation in force before a newer one. The channel keeps the order, so what is sent
+// here is held by the time the member is armed.
 Status Pair::introduce(Member& member) {
   for (const auto& [device, attached] : devices_) {
     if (attached.detaching) continue;
@@ -429,7 +429,8 @@ void Pair::arm(Member& member) {
   member.stage = Member::Stage::kArmed;
 }
 
-// Watch first, confirmed; then the owner's death is to wake this member; then it may own. Doing it again changes nothing.
+// Watch first, confirmed; then the owner's death is to wake this member; then it may own. Doing it again changes
+// nothing.
 Status Pair::arm_shard(Member& member, std::uint32_t shard) {
   const pid_t thread = member.threads[shard];
   const std::uint32_t tag = member.tags[shard];
@@ -459,7 +460,8 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
   const auto previous = static_cast<std::uint32_t>(body.timeline.previous_tag);
   const auto victim = tag_pids_.find(previous);
   if (previous != 0)
-    listener_.on_takeover(*this, body.shard, body.timeline, victim == tag_pids_.end() ? 0 : victim->second, member.pid());
+    listener_.on_takeover(*this, body.shard, body.timeline, victim == tag_pids_.end() ? 0 : victim->second,
+                          member.pid());
   if (victim != tag_pids_.end()) {
     tags_.retire(previous);
     tag_pids_.erase(victim);
@@ -507,11 +509,12 @@ void Pair::on_exit(pid_t pid) {
 
 void Pair::forget_watches(Member& member, bool owned) {
   for (std::size_t i = 0; i < member.tags.size(); ++i) {
-    // A death takes its own watch away; only one that is still this thread's may be removed, for the tid may name another by now.
+    // A death takes its own watch away; only one that is still this thread's may be removed, for the tid may name
+    // another by now.
     if (fence_.set_ring(member.threads[i], member.tags[i], TANDEM_FENCE_NO_RING))
       static_cast<void>(fence_.unwatch(member.threads[i]));
-    // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it. A member
-    // that the segment names owned too, though its own report never came.
+    // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it.
+    // A member that the segment names owned too, though its own report never came.
     if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) continue;
     tags_.retire(member.tags[i]);
     tag_pids_.erase(member.tags[i]);
@@ -605,7 +608,8 @@ void Pair::prune_generations(std::uint32_t device) {
   auto& generations = found->second.generations;
   const std::size_t before = generations.size();
   // Keep the one in force and what is newer; of those older than the newest and not in force nobody needs any.
-  while (generations.size() > 1 && generations.front().description.generation < current) generations.erase(generations.begin());
+  while (generations.size() > 1 && generations.front().description.generation < current)
+    generations.erase(generations.begin());
   if (generations.size() == before) return;
   for (Member& member : members_) {
     if (member.stage != Member::Stage::kArmed) continue;
@@ -657,8 +661,8 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
   if (found == devices_.end()) return 0;
   std::uint64_t lowest = ~std::uint64_t{0};
   for (std::size_t i = 0; i < found->second.ports.size(); ++i)
-    lowest = std::min(lowest, segment_->queue_pairs[found->second.first_queue_pair + i].generation.load(
-                                  std::memory_order_acquire));
+    lowest = std::min(
+        lowest, segment_->queue_pairs[found->second.first_queue_pair + i].generation.load(std::memory_order_acquire));
   return lowest;
 }
 

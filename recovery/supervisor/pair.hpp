@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pair: two backend processes, the segment between them and the devices they serve.
 //
-// Drives the table of pair_state.hpp, tells members about devices, arms them at the fence, and reports takeovers. All on the event
-// loop's thread; nothing here blocks.
+// Drives the table of pair_state.hpp, tells members about devices, arms them at the fence, and reports takeovers. All
+// on the event loop's thread; nothing here blocks.
 #pragma once
 
 #include <systemd/sd-event.h>
@@ -40,7 +40,8 @@ class TagSource {
   std::map<std::uint32_t, std::uint32_t> living_;  // slot -> tag
 };
 
-/// One generation of a device as it is sent to members. Owns duplicates of the descriptors, so that the front end's may go.
+/// One generation of a device as it is sent to members. Owns duplicates of the descriptors, so that the front end's may
+/// go.
 struct DescribedGeneration {
   DeviceDescription description;
   std::vector<UniqueFd> fds;
@@ -53,7 +54,8 @@ class Pair {
     virtual ~Listener() = default;
     virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
-    virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) = 0;
+    virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
+                             pid_t heir) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
     /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
     virtual void on_member_change(Pair& pair, Member& member) = 0;
@@ -61,10 +63,10 @@ class Pair {
     virtual void on_state(Pair& pair) = 0;
   };
 
-  static Result<std::unique_ptr<Pair>> make(std::string name, const Config& config, std::string backend_path, EventLoop& loop,
-                                            Fence& fence, TagSource& tags, Listener& listener);
-  /// A pair that a dead supervisor made, still without members and devices. `fds`: the segment, then the shards' timers, as keep_fds()
-  /// gave them to the vault.
+  static Result<std::unique_ptr<Pair>> make(std::string name, const Config& config, std::string backend_path,
+                                            EventLoop& loop, Fence& fence, TagSource& tags, Listener& listener);
+  /// A pair that a dead supervisor made, still without members and devices. `fds`: the segment, then the shards'
+  /// timers, as keep_fds() gave them to the vault.
   static Result<std::unique_ptr<Pair>> adopt(std::string name, std::vector<UniqueFd> fds, const Config& config,
                                              std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
                                              Listener& listener);
@@ -85,8 +87,8 @@ class Pair {
 
   /// What must outlive the supervisor, for the vault.
   [[nodiscard]] std::vector<int> keep_fds() const;
-  /// A member of a dead supervisor. What it is follows from the segment: the owner, or else (with `tags`) an armed heir; one that was
-  /// still starting is ended. Then adopt devices, then resume().
+  /// A member of a dead supervisor. What it is follows from the segment: the owner, or else (with `tags`) an armed
+  /// heir; one that was still starting is ended. Then adopt devices, then resume().
   void adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector<pid_t> threads,
                     std::vector<std::uint32_t> tags, std::vector<std::uint32_t> rings);
   void adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
@@ -112,8 +114,8 @@ class Pair {
 
   /// Generation in force for every queue pair of the device: the smallest of them.
   [[nodiscard]] std::uint64_t in_force(std::uint32_t device) const;
-  /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills it then.
-  /// An heir that is to follow a dead owner counts as one. Returns true if it was killed.
+  /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills
+  /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
   Status drill(DrillFault fault);
   /// How long an owner may stand still before its heir ends it; 0: not watched.
@@ -174,8 +176,8 @@ class Pair {
   std::map<std::uint32_t, Attached> devices_;
   std::map<std::uint32_t, pid_t> tag_pids_;  // whose tag it was; kept until no one can name it any more
   std::vector<bool> queue_pair_used_ = std::vector<bool>(kMaxQueuePairs, false);
-  pid_t owner_pid_ = 0;          // process last known to own
-  unsigned early_deaths_ = 0;    // in a row, for the back-off
+  pid_t owner_pid_ = 0;        // process last known to own
+  unsigned early_deaths_ = 0;  // in a row, for the back-off
   EventLoop::Timer respawn_;
   std::map<std::uint32_t, EventLoop::Timer> detached_;  // reports on their way, by device
 };

@@ -15,20 +15,40 @@ constexpr auto kEvents = static_cast<std::size_t>(PairEvent::kCount);
 // Rows: states; columns: start, member ready, took over, owner died, other died, stop.
 constexpr std::array<std::array<PairStep, kEvents>, kStates> kTable{{
     // stopped
-    {{{S::kStarting, A::kSpawn}, {S::kStopped, A::kNone}, {S::kStopped, A::kNone}, {S::kStopped, A::kNone},
-      {S::kStopped, A::kNone}, {S::kStopped, A::kNone}}},
+    {{{S::kStarting, A::kSpawn},
+      {S::kStopped, A::kNone},
+      {S::kStopped, A::kNone},
+      {S::kStopped, A::kNone},
+      {S::kStopped, A::kNone},
+      {S::kStopped, A::kNone}}},
     // starting: whoever is armed finds a dead owner and takes over at once
-    {{{S::kStarting, A::kNone}, {S::kStarting, A::kArm}, {S::kSolo, A::kSpawn}, {S::kStarting, A::kNone},
-      {S::kStarting, A::kSpawn}, {S::kStopped, A::kKillAll}}},
+    {{{S::kStarting, A::kNone},
+      {S::kStarting, A::kArm},
+      {S::kSolo, A::kSpawn},
+      {S::kStarting, A::kNone},
+      {S::kStarting, A::kSpawn},
+      {S::kStopped, A::kKillAll}}},
     // solo: if the owner dies, the member that is starting will become the owner
-    {{{S::kSolo, A::kNone}, {S::kPaired, A::kArm}, {S::kSolo, A::kInvalid}, {S::kStarting, A::kNone},
-      {S::kSolo, A::kSpawn}, {S::kStopped, A::kKillAll}}},
+    {{{S::kSolo, A::kNone},
+      {S::kPaired, A::kArm},
+      {S::kSolo, A::kInvalid},
+      {S::kStarting, A::kNone},
+      {S::kSolo, A::kSpawn},
+      {S::kStopped, A::kKillAll}}},
     // paired: the heir's report may come before the owner is reaped
-    {{{S::kPaired, A::kNone}, {S::kPaired, A::kInvalid}, {S::kSolo, A::kSpawn}, {S::kTakingOver, A::kNone},
-      {S::kSolo, A::kSpawn}, {S::kStopped, A::kKillAll}}},
+    {{{S::kPaired, A::kNone},
+      {S::kPaired, A::kInvalid},
+      {S::kSolo, A::kSpawn},
+      {S::kTakingOver, A::kNone},
+      {S::kSolo, A::kSpawn},
+      {S::kStopped, A::kKillAll}}},
     // taking over
-    {{{S::kTakingOver, A::kNone}, {S::kTakingOver, A::kInvalid}, {S::kSolo, A::kSpawn}, {S::kTakingOver, A::kInvalid},
-      {S::kStarting, A::kSpawn}, {S::kStopped, A::kKillAll}}},
+    {{{S::kTakingOver, A::kNone},
+      {S::kTakingOver, A::kInvalid},
+      {S::kSolo, A::kSpawn},
+      {S::kTakingOver, A::kInvalid},
+      {S::kStarting, A::kSpawn},
+      {S::kStopped, A::kKillAll}}},
 }};
 
 }  // namespace

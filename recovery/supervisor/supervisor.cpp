@@ -5,9 +5,10 @@
 #include <arpa/inet.h>
 #include <grp.h>
 #include <linux/if_packet.h>
-#include <net/if.h>
 #include <net/ethernet.h>
+#include <net/if.h>
 #include <pwd.h>
+#include <spdlog/spdlog.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -15,7 +16,6 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
-#include <spdlog/spdlog.h>
 
 #include "recovery/fence/kernel_version.hpp"
 
@@ -56,12 +56,14 @@ Result<std::unique_ptr<Supervisor>> Supervisor::start(Config config, EventLoop& 
   if (auto supported = kernel_is_supported(running_kernel_release()); !supported)
     return within("start tandemd", std::move(supported.error()));
   std::unique_ptr<Supervisor> self{new Supervisor(std::move(config), loop)};
-  if (auto prepared = self->prepare_directories(); !prepared) return within("start tandemd", std::move(prepared.error()));
+  if (auto prepared = self->prepare_directories(); !prepared)
+    return within("start tandemd", std::move(prepared.error()));
   auto vault = VaultClient::connect(self->config_.vault_socket());
   if (!vault)
-    return within("start tandemd: attach to tandem-vault (start it first: systemctl start tandem-vault, or start both with "
-                  "tandem-vault --supervise)",
-                  std::move(vault.error()));
+    return within(
+        "start tandemd: attach to tandem-vault (start it first: systemctl start tandem-vault, or start both with "
+        "tandem-vault --supervise)",
+        std::move(vault.error()));
   self->vault_ = std::move(*vault);
   auto incidents = IncidentLog::open(self->config_.incident_dir);
   if (!incidents) return within("start tandemd", std::move(incidents.error()));
@@ -70,10 +72,11 @@ Result<std::unique_ptr<Supervisor>> Supervisor::start(Config config, EventLoop& 
   auto watch = loop.watch(self->vault_->fd(), [raw = self.get()] { raw->dispatch_vault(); });
   if (!watch) return tl::make_unexpected(std::move(watch.error()));
   self->vault_watch_ = std::move(*watch);
-  auto server = ControlServer::listen(self->config_.control_socket(), loop,
-                                      [raw = self.get()](const nlohmann::json& request, const ControlServer::Answer& answer) {
-                                        raw->on_request(request, answer);
-                                      });
+  auto server =
+      ControlServer::listen(self->config_.control_socket(), loop,
+                            [raw = self.get()](const nlohmann::json& request, const ControlServer::Answer& answer) {
+                              raw->on_request(request, answer);
+                            });
   if (!server) return within("start tandemd", std::move(server.error()));
   self->server_ = std::move(*server);
   spdlog::info("tandemd is ready, instance {}, control socket {}", self->config_.instance,
@@ -115,7 +118,8 @@ void Supervisor::shut_down() {
   } else {
     for (auto& [mac, nic] : nics_)
       if (nic.uplink) nic.uplink->leave_in_place();
-    spdlog::warn("tandemd ends while {} NICs are served: their pairs go on without it, a new one adopts them", nics_.size());
+    spdlog::warn("tandemd ends while {} NICs are served: their pairs go on without it, a new one adopts them",
+                 nics_.size());
     // Pairs kill their members when they go; these must not.
     for (auto& [name, pair] : pairs_) static_cast<void>(pair.release());
     pairs_.clear();
@@ -133,7 +137,8 @@ void Supervisor::dispatch_vault() {
   }
 }
 
-// The vault is gone, and with it QEMU's connections. Pairs and uplinks are whole: give a new vault everything, and let QEMU in again.
+// The vault is gone, and with it QEMU's connections. Pairs and uplinks are whole: give a new vault everything, and let
+// QEMU in again.
 void Supervisor::find_new_vault() {
   auto vault = VaultClient::connect(config_.vault_socket(), std::chrono::milliseconds(20));
   if (!vault) {
@@ -389,13 +394,14 @@ void Supervisor::on_in_force(Pair& pair, std::uint32_t device) {
   if (nic != nullptr && nic->pending && pair.in_force(device) >= nic->pending->generation) finish_request(*nic);
 }
 
-void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) {
+void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
+                             pid_t heir) {
   Incident incident;
   incident.pair = pair.name();
   incident.shard = shard;
-  incident.wall_clock_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
-                               std::chrono::system_clock::now().time_since_epoch())
-                               .count();
+  incident.wall_clock_ms =
+      std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch())
+          .count();
   incident.slot = fence_->read_slot(timeline.previous_tag);
   incident.timeline = timeline;
   incident.victim_pid = victim;
@@ -560,9 +566,10 @@ void Supervisor::on_wait_limit(const std::string& mac) {
   nic.pair->kill_if_hung("it did not let go of NIC " + mac + " within its limit");
   if (!nic.pending->alarmed && now_ns() - nic.pending->since_ns > kAlarmNs) {
     nic.pending->alarmed = true;
-    spdlog::critical("NIC {}: QEMU has been waiting for 1 s for backends that neither let go nor die; look at their "
-                     "state with virt-tandem status and in /proc",
-                     mac);
+    spdlog::critical(
+        "NIC {}: QEMU has been waiting for 1 s for backends that neither let go nor die; look at their "
+        "state with virt-tandem status and in /proc",
+        mac);
   }
   nic.pending->limit = loop_.after(hang_limit(nic), [this, mac] { on_wait_limit(mac); });
 }

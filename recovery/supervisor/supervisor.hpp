@@ -23,7 +23,8 @@ namespace tandem {
 
 class Supervisor final : public VaultHandler, public Pair::Listener {
  public:
-  /// Cleans up after a dead predecessor, loads the fence, attaches to the vault, listens. Errors say what the host lacks.
+  /// Cleans up after a dead predecessor, loads the fence, attaches to the vault, listens. Errors say what the host
+  /// lacks.
   static Result<std::unique_ptr<Supervisor>> start(Config config, EventLoop& loop);
   ~Supervisor() override;
 
@@ -40,7 +41,8 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   // Pair::Listener
   void on_in_force(Pair& pair, std::uint32_t device) override;
   void on_detached(Pair& pair, std::uint32_t device) override;
-  void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim, pid_t heir) override;
+  void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
+                   pid_t heir) override;
   void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
   void on_member_change(Pair& pair, Member& member) override;
   void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) override;
@@ -126,7 +128,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::list<Provisioning> provisioning_;
   std::list<Drill> drills_;
   std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
-  std::map<pid_t, ExitStatus> exits_;                         // of members whose takeover report may still come
+  std::map<pid_t, ExitStatus> exits_;                          // of members whose takeover report may still come
   std::map<std::string, EventLoop::Timer> soon_;
   std::map<std::string, std::vector<std::function<void()>>> when_stopped_;  // by pair
   std::unique_ptr<ControlServer> server_;

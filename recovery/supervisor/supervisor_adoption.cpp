@@ -7,14 +7,16 @@
 //   nic/MAC               the option, indices in the pair, what the uplink must put back
 //   ports/MAC             XskDescriptions; sockets and UMEMs, then what else keeps the uplink alive
 //   device/MAC/N          vhost-user state (vmm/vhost_user_device.hpp, SavedItem)
-// The fence is adopted from its pins. If anything needed is missing or of another version, nothing is adopted: the predecessor's
-// processes and devices are removed, and its guests reconnect to NICs that a next start of their domain provides.
-#include <csignal>
-#include <cstring>
-#include <filesystem>
+// The fence is adopted from its pins. If anything needed is missing or of another version, nothing is adopted: the
+// predecessor's processes and devices are removed, and its guests reconnect to NICs that a next start of their domain
+// provides.
 #include <spdlog/spdlog.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <csignal>
+#include <cstring>
+#include <filesystem>
 
 #include "recovery/supervisor/supervisor.hpp"
 
@@ -58,7 +60,8 @@ void Supervisor::save_pair(const Pair& pair) {
 void Supervisor::on_member_change(Pair& pair, Member& member) {
   const int fds[] = {member.pidfd(), member.channel().fd()};
   const json record{{"pid", member.pid()}, {"threads", member.threads}, {"tags", member.tags}, {"rings", member.rings}};
-  if (auto put = vault_->put("member/" + pair.name() + "/" + std::to_string(member.pid()), as_blob(record.dump()), fds); !put)
+  if (auto put = vault_->put("member/" + pair.name() + "/" + std::to_string(member.pid()), as_blob(record.dump()), fds);
+      !put)
     spdlog::error("pair {}: keep backend {} in the vault: {}", pair.name(), member.pid(), put.error().text);
 }
 
@@ -97,8 +100,9 @@ Status Supervisor::take_over_from_predecessor() {
   if (!items->empty()) {
     const Status adopted = adopt(*items);
     if (adopted) return {};
-    spdlog::error("adopt what an earlier tandemd left: {}; removing it. Its guests' links stay down until they are started anew",
-                  adopted.error().text);
+    spdlog::error(
+        "adopt what an earlier tandemd left: {}; removing it. Its guests' links stay down until they are started anew",
+        adopted.error().text);
     nics_.clear();
     pairs_.clear();
     fence_.reset();
@@ -175,7 +179,8 @@ Status Supervisor::adopt_pairs(std::vector<VaultItem>& items) {
     const json record = parse_blob(item);
     const std::string rest = after_slash(item.key);
     const auto pair = pairs_.find(rest.substr(0, rest.rfind('/')));
-    if (pair == pairs_.end() || item.fds.size() != 2) return fail(ErrorKind::kInvalid, item.key + ": its pair is missing");
+    if (pair == pairs_.end() || item.fds.size() != 2)
+      return fail(ErrorKind::kInvalid, item.key + ": its pair is missing");
     pair->second->adopt_member(record.at("pid").get<pid_t>(), item.fds[0].duplicate(), item.fds[1].duplicate(),
                                record.at("threads").get<std::vector<pid_t>>(),
                                record.at("tags").get<std::vector<std::uint32_t>>(),
@@ -212,9 +217,12 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   std::vector<UniqueFd> for_members;
   for (std::size_t i = 0; i < 2 * descriptions.size(); ++i) for_members.push_back(ports->fds[i].duplicate());
 
-  UplinkRecord uplink{record.at("netdev").get<std::string>(),      record.at("port").get<std::string>(),
-                      record.at("mtu").get<std::uint32_t>(),       record.at("was_down").get<bool>(),
-                      record.at("channels_changed").get<bool>(),   channels_from_json(record.at("channels_before")),
+  UplinkRecord uplink{record.at("netdev").get<std::string>(),
+                      record.at("port").get<std::string>(),
+                      record.at("mtu").get<std::uint32_t>(),
+                      record.at("was_down").get<bool>(),
+                      record.at("channels_changed").get<bool>(),
+                      channels_from_json(record.at("channels_before")),
                       record.at("features_before").get<std::vector<std::string>>()};
   auto adopted = Uplink::adopt(uplink_config(nic.option), uplink, descriptions, std::move(ports->fds));
   if (!adopted) return within(what, std::move(adopted.error()));

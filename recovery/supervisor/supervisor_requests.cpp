@@ -146,7 +146,8 @@ void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answe
                                                          {"block", DrillFault::kBlock}};
   const auto pair = pairs_.find(text_of(request, "pair"));
   if (pair == pairs_.end())
-    return answer(refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
+    return answer(
+        refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
   const auto fault = kFaults.find(text_of(request, "fault"));
   if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin or block"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
@@ -201,9 +202,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
       bytes += cursors.bytes;
       dropped += cursors.dropped;
     }
-    [[nodiscard]] nlohmann::json json() const {
-      return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}};
-    }
+    [[nodiscard]] nlohmann::json json() const { return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}}; }
   } receive, transmit;
   std::string fault;
   for (std::uint32_t i = 0; i < nic.option.queues; ++i) {

@@ -9,8 +9,8 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <filesystem>
+#include <fstream>
 
 #include "recovery/fence/kernel_version.hpp"
 #include "recovery/fence/pins.hpp"
@@ -80,8 +80,7 @@ Result<Uplink> Uplink::open(const UplinkConfig& config) {
 Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& record,
                              std::span<const XskDescription> queues, std::vector<UniqueFd> fds) {
   const std::string doing = "adopt uplink " + config.name + " (" + record.netdev + ")";
-  if (fds.size() < kXskFdsPerQueue * queues.size())
-    return fail(ErrorKind::kInvalid, doing + ": sockets are missing");
+  if (fds.size() < kXskFdsPerQueue * queues.size()) return fail(ErrorKind::kInvalid, doing + ": sockets are missing");
   auto mac = normalized_mac(config.mac);
   if (!mac) return within(doing, std::move(mac.error()));
   auto rtnetlink = Rtnetlink::open();
@@ -211,9 +210,9 @@ Status Uplink::prepare_veth_ends() {
   return {};
 }
 
-// The host queues the frames that a veth receives per CPU of the sender (net/core/dev.c, netif_rx). An heir mostly runs on another
-// CPU than the dead owner did, and its first frames could overtake the owner's last ones. Receive packet steering to one CPU per
-// queue keeps each queue in one line.
+// The host queues the frames that a veth receives per CPU of the sender (net/core/dev.c, netif_rx). An heir mostly runs
+// on another CPU than the dead owner did, and its first frames could overtake the owner's last ones. Receive packet
+// steering to one CPU per queue keeps each queue in one line.
 void Uplink::keep_order() {
   const long cpus = std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN));
   for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {

@@ -78,8 +78,8 @@ class Uplink {
   /// to change. Whatever was made before a failure is removed again.
   static Result<Uplink> open(const UplinkConfig& config);
 
-  /// Goes on with what a dead supervisor opened with the same `config`. `fds`: its descriptors(), then its keep_fds(). kGone: the
-  /// netdev or its pins are not there any more.
+  /// Goes on with what a dead supervisor opened with the same `config`. `fds`: its descriptors(), then its keep_fds().
+  /// kGone: the netdev or its pins are not there any more.
   static Result<Uplink> adopt(const UplinkConfig& config, const UplinkRecord& record,
                               std::span<const XskDescription> queues, std::vector<UniqueFd> fds);
   [[nodiscard]] UplinkRecord record() const;

@@ -16,10 +16,10 @@ inline const std::string kMac = "52:54:00:12:34:56";
 inline const std::string kOtherMac = "52:54:00:12:34:57";
 
 /// Leaves the test as skipped where there can be no pair.
-#define SKIP_UNLESS_PAIR()                                       \
-  do {                                                           \
+#define SKIP_UNLESS_PAIR()                                         \
+  do {                                                             \
     const std::string reason_ = tandem::test::PairHost::prepare(); \
-    if (!reason_.empty()) TANDEM_SKIP(reason_);                  \
+    if (!reason_.empty()) TANDEM_SKIP(reason_);                    \
   } while (false)
 
 /// Prepares a domain and requires success, which comes when the pair is there.

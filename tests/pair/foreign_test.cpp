@@ -29,12 +29,27 @@ class Testpmd {
     std::string pattern = "/tmp/tandem-testpmd-XXXXXX";
     const UniqueFd output{::mkstemp(pattern.data())};
     output_ = pattern;
-    std::vector<std::string> words{"dpdk-testpmd", "-l", "0,1", "--no-huge", "-m", "64", "--no-pci", "--no-shconf", "--iova-mode=va",
+    std::vector<std::string> words{"dpdk-testpmd",
+                                   "-l",
+                                   "0,1",
+                                   "--no-huge",
+                                   "-m",
+                                   "64",
+                                   "--no-pci",
+                                   "--no-shconf",
+                                   "--iova-mode=va",
                                    "--file-prefix=" + prefix_,
-                                   "--vdev=net_virtio_user0,path=" + socket + ",queues=1,mac=" + kMac, "--",
-                                   "--forward-mode=" + mode, "--port-topology=loop", "--total-num-mbufs=4096",
-                                   "--eth-peer=0," + kOutsideMac, "--no-flush-rx", "--stats-period=1000", more};
-    // --no-flush-rx: testpmd throws away what comes between its device's start and its own, and we send as soon as the device runs.
+                                   "--vdev=net_virtio_user0,path=" + socket + ",queues=1,mac=" + kMac,
+                                   "--",
+                                   "--forward-mode=" + mode,
+                                   "--port-topology=loop",
+                                   "--total-num-mbufs=4096",
+                                   "--eth-peer=0," + kOutsideMac,
+                                   "--no-flush-rx",
+                                   "--stats-period=1000",
+                                   more};
+    // --no-flush-rx: testpmd throws away what comes between its device's start and its own, and we send as soon as the
+    // device runs.
     std::vector<char*> arguments;
     for (std::string& word : words) arguments.push_back(word.data());
     arguments.push_back(nullptr);
@@ -115,7 +130,8 @@ struct Echo {
 
 }  // namespace
 
-TEST_CASE("virtio_user sends back what it gets, the active is killed in the middle: every frame is back once, in order") {
+TEST_CASE(
+    "virtio_user sends back what it gets, the active is killed in the middle: every frame is back once, in order") {
   SKIP_UNLESS_PAIR();
   if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
   PairHost host;
@@ -176,7 +192,9 @@ TEST_CASE("virtio_user only receives, the active is killed in the middle: it cou
   require_clean_end(host, {"one"});
 }
 
-TEST_CASE("virtio_user only sends, as fast as it can, the active is killed in the middle: it goes on, and the count is right") {
+TEST_CASE(
+    "virtio_user only sends, as fast as it can, the active is killed in the middle: it goes on, and the count is "
+    "right") {
   SKIP_UNLESS_PAIR();
   if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
   PairHost host;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Front ends and guests that misbehave, each beside a good one on the same pair: the bad one pays, the good one loses nothing, no
-// process dies for it and no descriptor stays behind.
+// Front ends and guests that misbehave, each beside a good one on the same pair: the bad one pays, the good one loses
+// nothing, no process dies for it and no descriptor stays behind.
 #include <fcntl.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -86,34 +86,74 @@ struct Row {
 };
 
 const std::vector<Row> kRows{
-    {"half a header, then nothing", [](auto& f) { f.send_raw(std::vector<std::byte>(6)); f.disconnect(); }},
-    {"half a payload, then nothing", [](auto& f) { f.send_raw(header(2, 1, 8)); f.send_raw(std::vector<std::byte>(3)); f.disconnect(); }},
+    {"half a header, then nothing",
+     [](auto& f) {
+       f.send_raw(std::vector<std::byte>(6));
+       f.disconnect();
+     }},
+    {"half a payload, then nothing",
+     [](auto& f) {
+       f.send_raw(header(2, 1, 8));
+       f.send_raw(std::vector<std::byte>(3));
+       f.disconnect();
+     }},
     {"a payload of 4 GiB", [](auto& f) { f.send_raw(header(5, 1, 0xffffffff)); }, ""},
     {"a payload one byte too long", [](auto& f) { f.send_raw(header(5, 1, kMaxVhostUserPayload + 1)); }, ""},
     {"version 0", [](auto& f) { f.send_raw(header(1, 0, 0)); }, ""},
     {"an answer instead of a request", [](auto& f) { f.send_raw(header(1, 5, 0)); }, "marked as a reply"},
     {"an unknown request", [](auto& f) { f.send_raw(header(200, 1, 0)); }, "not supported"},
     {"an unknown request that wants an answer", [](auto& f) { f.send_raw(header(200, 9, 0)); }},
-    {"a descriptor where there is none", [](auto& f) { f.send(R::kGetFeatures, {}, {{f.memory_fd()}}); }, "came with 1 descriptors"},
-    {"no descriptor where there must be one", [](auto& f) { f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, 0})); }, "came with 0 descriptors"},
-    {"253 descriptors on one message", [](auto& f) { f.send(R::kGetFeatures, {}, std::vector<int>(253, f.memory_fd())); }, ""},
-    {"a kick fd that is a file", [](auto& f) { f.send_body(R::kSetVringKick, std::uint64_t{0}, {{f.memory_fd()}}); }, "an eventfd is needed"},
-    {"memory that is an eventfd", [](auto& f) { f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, 0}), {{f.queue(0).kick_fd}}); }, "SET_MEM_TABLE"},
-    {"a region larger than its file", [](auto& f) { f.send_body(R::kSetMemTable, one_region({0, 1ull << 40, kUser, 0}), {{f.memory_fd()}}); }, "SET_MEM_TABLE"},
-    {"a region that overflows", [](auto& f) { f.send_body(R::kSetMemTable, one_region({~0ull - 4095, 65536, kUser, 0}), {{f.memory_fd()}}); }, "SET_MEM_TABLE"},
-    {"an offset that overflows", [](auto& f) { f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, ~0ull - 4095}), {{f.memory_fd()}}); }, "SET_MEM_TABLE"},
-    {"regions that overlap", [](auto& f) { const int fds[] = {f.memory_fd(), f.memory_fd()}; f.send_body(R::kSetMemTable, TwoRegions{{2, 0}, {{0, 65536, kUser, 0}, {4096, 65536, kUser + (1 << 20), 0}}}, fds); }, "overlap"},
+    {"a descriptor where there is none", [](auto& f) { f.send(R::kGetFeatures, {}, {{f.memory_fd()}}); },
+     "came with 1 descriptors"},
+    {"no descriptor where there must be one",
+     [](auto& f) {
+       f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, 0}));
+     },
+     "came with 0 descriptors"},
+    {"253 descriptors on one message",
+     [](auto& f) { f.send(R::kGetFeatures, {}, std::vector<int>(253, f.memory_fd())); }, ""},
+    {"a kick fd that is a file", [](auto& f) { f.send_body(R::kSetVringKick, std::uint64_t{0}, {{f.memory_fd()}}); },
+     "an eventfd is needed"},
+    {"memory that is an eventfd",
+     [](auto& f) {
+       f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, 0}), {{f.queue(0).kick_fd}});
+     },
+     "SET_MEM_TABLE"},
+    {"a region larger than its file",
+     [](auto& f) {
+       f.send_body(R::kSetMemTable, one_region({0, 1ull << 40, kUser, 0}), {{f.memory_fd()}});
+     },
+     "SET_MEM_TABLE"},
+    {"a region that overflows",
+     [](auto& f) {
+       f.send_body(R::kSetMemTable, one_region({~0ull - 4095, 65536, kUser, 0}), {{f.memory_fd()}});
+     },
+     "SET_MEM_TABLE"},
+    {"an offset that overflows",
+     [](auto& f) {
+       f.send_body(R::kSetMemTable, one_region({0, 65536, kUser, ~0ull - 4095}), {{f.memory_fd()}});
+     },
+     "SET_MEM_TABLE"},
+    {"regions that overlap",
+     [](auto& f) {
+       const int fds[] = {f.memory_fd(), f.memory_fd()};
+       f.send_body(R::kSetMemTable, TwoRegions{{2, 0}, {{0, 65536, kUser, 0}, {4096, 65536, kUser + (1 << 20), 0}}},
+                   fds);
+     },
+     "overlap"},
     {"a ring of size 0", [](auto& f) { f.send_state(R::kSetVringNum, 0, 0); }, "0 entries"},
     {"a ring of size 3", [](auto& f) { f.send_state(R::kSetVringNum, 0, 3); }, "3 entries"},
     {"a ring of size 65536", [](auto& f) { f.send_state(R::kSetVringNum, 0, 65536); }, "65536 entries"},
     {"a ring index beyond the queues", [](auto& f) { f.send_state(R::kSetVringNum, 77, 256); }, "does not exist"},
-    {"a ring outside memory", [](auto& f) {
+    {"a ring outside memory",
+     [](auto& f) {
        f.send_mem_table();
        f.send_state(R::kSetVringNum, 0, 256);
        f.send_body(R::kSetVringAddr, VhostUserVringAddress{0, 0, kUser + (1ull << 41), kUser + 65536, kUser + 4096, 0});
        f.send_body(R::kSetVringKick, std::uint64_t{0}, {{f.queue(0).kick_fd}});
        f.settle_or_closed();
-     }, "not inside one memory region"},
+     },
+     "not inside one memory region"},
 };
 
 }  // namespace
@@ -203,7 +243,8 @@ TEST_CASE("descriptors in floods, one message after the other") {
   const std::size_t before = descriptor_count(pair.owner);
   for (int round = 0; round < 300; ++round) {
     // New files each time: the last one counts, the others must be closed.
-    const UniqueFd kick{::fcntl(bad.queue(0).kick_fd, F_DUPFD_CLOEXEC, 0)}, call{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    const UniqueFd kick{::fcntl(bad.queue(0).kick_fd, F_DUPFD_CLOEXEC, 0)},
+        call{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
     bad.send_body(R::kSetVringCall, std::uint64_t{static_cast<std::uint64_t>(round) % 2}, {{call.get()}});
     if (round % 10 == 0) bad.settle();
     pair.traffic->pump();
@@ -257,7 +298,8 @@ TEST_CASE("an avail index that jumps stops its device") {
     REQUIRE(traffic.finish().clean());
   }
   DriverQueue& queue = bad.queue(vring);
-  std::atomic_ref<std::uint16_t>(queue.avail->idx).store(static_cast<std::uint16_t>(queue.avail_index + 2 * queue.size + 1));
+  std::atomic_ref<std::uint16_t>(queue.avail->idx)
+      .store(static_cast<std::uint16_t>(queue.avail_index + 2 * queue.size + 1));
   queue.kick();
   pair.traffic->outside().send(numbered_frame(kMac, "02:00:00:00:00:01", kUncountedFlow, 1, 200));
   REQUIRE(pair.traffic->pump_until([&] { return pair.host.nic(kMac)["fault"] != ""; }));

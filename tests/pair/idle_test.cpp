@@ -64,10 +64,10 @@ TEST_CASE("an idle pair with an idle guest sleeps") {
     sum(before);
     ::poll(nullptr, 0, kSeconds * 1000);
     sum(after);
-    const auto percent =
-        100.0 * static_cast<double>(after.ticks - before.ticks) / (kSeconds * static_cast<double>(::sysconf(_SC_CLK_TCK)));
-    std::printf("idle pair: %.2f %% of a core, %.1f wake-ups a second, both backends together (target: under 2 %%)\n", percent,
-                static_cast<double>(after.switches - before.switches) / kSeconds);
+    const auto percent = 100.0 * static_cast<double>(after.ticks - before.ticks) /
+                         (kSeconds * static_cast<double>(::sysconf(_SC_CLK_TCK)));
+    std::printf("idle pair: %.2f %% of a core, %.1f wake-ups a second, both backends together (target: under 2 %%)\n",
+                percent, static_cast<double>(after.switches - before.switches) / kSeconds);
     // The standby looks ten times a second whether its owner sleeps through work; nothing else wakes either of them.
     CHECK(after.switches - before.switches <= 12 * kSeconds);
     CHECK(percent <= 2.0);
@@ -88,7 +88,8 @@ TEST_CASE("backends and the vault have no privileges") {
   for (const pid_t pid : backends) {
     for (const std::string& tid : entries("/proc/" + std::to_string(pid) + "/task")) {
       const auto thread = static_cast<pid_t>(std::stol(tid));
-      for (const char* set : {"CapInh", "CapPrm", "CapEff", "CapAmb"}) CHECK(proc_status(thread, set) == "0000000000000000");
+      for (const char* set : {"CapInh", "CapPrm", "CapEff", "CapAmb"})
+        CHECK(proc_status(thread, set) == "0000000000000000");
       CHECK(proc_status(thread, "NoNewPrivs") == "1");
       CHECK(proc_status(thread, "Seccomp") == "2");
       CHECK(proc_status(thread, "Uid") == "65534\t65534\t65534\t65534");

@@ -39,7 +39,8 @@ std::uint8_t pattern(std::uint16_t flow, std::uint32_t number, std::size_t at) {
 
 }  // namespace
 
-Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number, std::size_t size) {
+Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number,
+                     std::size_t size) {
   Frame frame(std::max<std::size_t>(size, 64));
   put_mac(frame.data(), to);
   put_mac(frame.data() + 6, from);
@@ -127,8 +128,9 @@ std::vector<Frame> Outside::receive() {
 }
 
 std::ostream& operator<<(std::ostream& out, const TrafficResult& result) {
-  return out << result.sent_in << " in, " << result.sent_out << " out: " << result.lost << " lost, " << result.duplicated
-             << " duplicated, " << result.reordered << " reordered, " << result.corrupt << " corrupt";
+  return out << result.sent_in << " in, " << result.sent_out << " out: " << result.lost << " lost, "
+             << result.duplicated << " duplicated, " << result.reordered << " reordered, " << result.corrupt
+             << " corrupt";
 }
 
 Traffic::Traffic(ScriptedFrontEnd& guest, std::string mac, Options options)

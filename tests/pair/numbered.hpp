@@ -22,7 +22,8 @@ namespace tandem::test {
 inline constexpr std::uint16_t kUncountedFlow = 500;
 
 /// A UDP frame with flow (as ports), number and a pattern made from both.
-Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number, std::size_t size);
+Frame numbered_frame(const std::string& to, const std::string& from, std::uint16_t flow, std::uint32_t number,
+                     std::size_t size);
 
 struct Numbered {
   std::uint16_t flow = 0;
@@ -66,8 +67,8 @@ struct TrafficResult {
 };
 std::ostream& operator<<(std::ostream& out, const TrafficResult& result);
 
-/// Traffic both ways between the outside and one scripted guest: per queue pair a flow out, and `flows_in` flows in. Driven by
-/// calls of pump(); windows keep every ring from overflowing, so that what is missing is a loss.
+/// Traffic both ways between the outside and one scripted guest: per queue pair a flow out, and `flows_in` flows in.
+/// Driven by calls of pump(); windows keep every ring from overflowing, so that what is missing is a loss.
 class Traffic {
  public:
   struct Options {
@@ -80,7 +81,8 @@ class Traffic {
 
   /// One round: sends what the windows allow, takes what has arrived. Returns the number of frames moved.
   std::size_t pump(bool send = true);
-  /// Rounds until `done` is true (asked between rounds) or the failsafe; true in the first case. Naps when nothing moves.
+  /// Rounds until `done` is true (asked between rounds) or the failsafe; true in the first case. Naps when nothing
+  /// moves.
   bool pump_until(const std::function<bool()>& done);
   /// At least `frames` more in each direction that is on.
   bool pump_frames(std::uint64_t frames);

@@ -15,7 +15,7 @@ struct ProbeControl {
   std::atomic<std::uint32_t> countdown;  ///< the pass that kills
   std::atomic<std::uint32_t> then;       ///< what to arm when that has happened, for one pass; 0: nothing
   std::atomic<std::uint32_t> killed;     ///< pid of the last one killed
-  std::atomic<std::uint32_t> attempt;    ///< 1: the next thread to pass tries what is forbidden; 2: the results are there
+  std::atomic<std::uint32_t> attempt;  ///< 1: the next thread to pass tries what is forbidden; 2: the results are there
   std::atomic<std::int32_t> fork_error, exec_error, bpf_error;  ///< errno of each; 0: it succeeded
   std::atomic<std::uint32_t> passes[static_cast<std::size_t>(ProbePoint::kCount)];
 };

@@ -12,10 +12,19 @@ using namespace tandem::test;
 
 namespace {
 
-constexpr std::array<const char*, static_cast<std::size_t>(ProbePoint::kCount)> kNames{
-    "staged",           "armed",             "frames marked", "destination written", "destination published",
-    "source written",   "source published",  "cursors advanced", "disarmed",         "notified",
-    "completion cleared", "takeover: epoch", "takeover: replayed"};
+constexpr std::array<const char*, static_cast<std::size_t>(ProbePoint::kCount)> kNames{"staged",
+                                                                                       "armed",
+                                                                                       "frames marked",
+                                                                                       "destination written",
+                                                                                       "destination published",
+                                                                                       "source written",
+                                                                                       "source published",
+                                                                                       "cursors advanced",
+                                                                                       "disarmed",
+                                                                                       "notified",
+                                                                                       "completion cleared",
+                                                                                       "takeover: epoch",
+                                                                                       "takeover: replayed"};
 
 void require_paired(PairHost& host, Traffic& traffic, pid_t not_this) {
   const bool paired = traffic.pump_until([&] {
@@ -56,8 +65,9 @@ void kill_everywhere(bool in, bool out, const std::vector<ProbePoint>& points) {
 }
 
 using P = ProbePoint;
-const std::vector<P> kBoth{P::kStaged,         P::kArmed,           P::kDestinationWritten, P::kDestinationPublished,
-                           P::kSourceWritten,  P::kSourcePublished, P::kCursorsAdvanced,    P::kDisarmed, P::kNotified};
+const std::vector<P> kBoth{P::kStaged,        P::kArmed,           P::kDestinationWritten, P::kDestinationPublished,
+                           P::kSourceWritten, P::kSourcePublished, P::kCursorsAdvanced,    P::kDisarmed,
+                           P::kNotified};
 
 }  // namespace
 

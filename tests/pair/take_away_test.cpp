@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Messages that take something away: after the answer nobody writes to the guest's memory, whatever happens to the owner meanwhile.
+// Messages that take something away: after the answer nobody writes to the guest's memory, whatever happens to the
+// owner meanwhile.
 #include <signal.h>
 
 #include <fstream>
@@ -13,11 +14,13 @@ using R = VhostUserRequest;
 namespace {
 
 enum class Message { kGetVringBase, kEnable0, kMemTable, kStatus0, kDisconnect };
-const std::vector<Message> kMessages{Message::kGetVringBase, Message::kEnable0, Message::kMemTable, Message::kStatus0, Message::kDisconnect};
-constexpr const char* kNames[] = {"GET_VRING_BASE", "SET_VRING_ENABLE 0", "SET_MEM_TABLE", "SET_STATUS 0", "disconnect"};
+const std::vector<Message> kMessages{Message::kGetVringBase, Message::kEnable0, Message::kMemTable, Message::kStatus0,
+                                     Message::kDisconnect};
+constexpr const char* kNames[] = {"GET_VRING_BASE", "SET_VRING_ENABLE 0", "SET_MEM_TABLE", "SET_STATUS 0",
+                                  "disconnect"};
 
-/// Two guests on one shard: one that takes something away while it is flooded, and one whose traffic proves that the poll thread
-/// goes on working.
+/// Two guests on one shard: one that takes something away while it is flooded, and one whose traffic proves that the
+/// poll thread goes on working.
 struct Scene {
   PairHost host;
   std::optional<ScriptedFrontEnd> victim, witness;
@@ -93,7 +96,8 @@ struct Scene {
     }
   }
 
-  /// Fills what the receive queue may have written with a pattern, lets the poll thread work under a flood, and looks again.
+  /// Fills what the receive queue may have written with a pattern, lets the poll thread work under a flood, and looks
+  /// again.
   void require_untouched(bool rings_too = true) {
     DriverQueue& queue = victim->queue(0);
     const std::span<std::byte> buffers{queue.buffers, std::size_t{queue.size} * DriverQueue::kBufferSize};
@@ -125,7 +129,8 @@ TEST_CASE("no write to guest memory after the answer to a message that takes it 
   scene.flood_until_received();
   scene.take_away(message);
   scene.take_answer(message);
-  if (message == Message::kGetVringBase) CHECK(static_cast<std::uint16_t>(scene.base) == scene.victim->queue(0).used_index());
+  if (message == Message::kGetVringBase)
+    CHECK(static_cast<std::uint16_t>(scene.base) == scene.victim->queue(0).used_index());
   scene.require_untouched(message != Message::kMemTable);  // whose new table has the rings
   const TrafficResult result = scene.traffic->finish();
   CAPTURE(result);
@@ -135,7 +140,8 @@ TEST_CASE("no write to guest memory after the answer to a message that takes it 
   require_clean_end(scene.host, {"victim", "witness"});
 }
 
-TEST_CASE("the owner dies or is stopped when something is taken away: the answer comes all the same, and not too early") {
+TEST_CASE(
+    "the owner dies or is stopped when something is taken away: the answer comes all the same, and not too early") {
   SKIP_UNLESS_PAIR();
   const Message message = GENERATE(from_range(kMessages));
   const int signal = GENERATE(SIGKILL, SIGSTOP);
@@ -154,7 +160,8 @@ TEST_CASE("the owner dies or is stopped when something is taken away: the answer
     const char state = state_of(owner);
     return state == 'Z' || state == 'X';
   }));
-  if (message == Message::kGetVringBase) CHECK(static_cast<std::uint16_t>(scene.base) == scene.victim->queue(0).used_index());
+  if (message == Message::kGetVringBase)
+    CHECK(static_cast<std::uint16_t>(scene.base) == scene.victim->queue(0).used_index());
   ::kill(owner, SIGCONT);
   scene.require_untouched(message != Message::kMemTable);
   // Generous: the limit is 5 ms, the machine may be busy.

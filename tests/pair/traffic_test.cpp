@@ -41,7 +41,9 @@ TEST_CASE("several devices with several queue pairs on one pair of two shards") 
     ScriptedFrontEnd second = start_guest(host, kOtherMac, {.queue_pairs = 2});
     Traffic one(first, kMac, {.flows_in = 12});
     Traffic two(second, kOtherMac, {.flows_in = 8});
-    const auto enough = [](const Traffic& traffic) { return traffic.arrived_in() > 2000 && traffic.arrived_out() > 2000; };
+    const auto enough = [](const Traffic& traffic) {
+      return traffic.arrived_in() > 2000 && traffic.arrived_out() > 2000;
+    };
     REQUIRE(one.pump_until([&] {
       two.pump();
       return enough(one) && enough(two);
@@ -51,7 +53,8 @@ TEST_CASE("several devices with several queue pairs on one pair of two shards") 
       CAPTURE(result);
       CHECK(result.clean());
       // The outside spread its flows: more than one queue got some.
-      CHECK(std::count_if(traffic->by_pair().begin(), traffic->by_pair().end(), [](auto count) { return count > 0; }) > 1);
+      CHECK(std::count_if(traffic->by_pair().begin(), traffic->by_pair().end(), [](auto count) { return count > 0; }) >
+            1);
     }
     CHECK(host.status()["pairs"].size() == 1);
   }

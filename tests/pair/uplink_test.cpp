@@ -59,7 +59,8 @@ TEST_CASE("domains that cannot be served: a sentence that says what to change, a
   CHECK(refused({{.uplink = "null=\"yes\""}}).find("null") != std::string::npos);
   CHECK(refused({{.uplink = "wire=\"br0\""}}).find("wire") != std::string::npos);
   // All or nothing.
-  CHECK(refused({{.mac = kMac}, {.mac = kOtherMac, .uplink = "bridge=\"nobridge\""}}).find("nobridge") != std::string::npos);
+  CHECK(refused({{.mac = kMac}, {.mac = kOtherMac, .uplink = "bridge=\"nobridge\""}}).find("nobridge") !=
+        std::string::npos);
   require_domain(host, "two", {{.mac = kOtherMac}});
   const auto twice = host.prepare_domain("three", {{.mac = kOtherMac}});
   CHECK(twice["ok"] == false);

@@ -22,7 +22,8 @@ namespace {
 
 const std::string kForeign = "<domain type='kvm'><name>other</name></domain>";
 const std::string kTandem =
-    "<domain type='kvm'><name>web</name><metadata><tandem:domain xmlns:tandem='urn:tandem:domain:1'/></metadata></domain>";
+    "<domain type='kvm'><name>web</name><metadata><tandem:domain "
+    "xmlns:tandem='urn:tandem:domain:1'/></metadata></domain>";
 
 struct Ended {
   int status = -1;
@@ -57,15 +58,18 @@ class Directory {
   std::string path_;
 };
 
-std::string virt_tandem(const std::string& socket) { return std::string(TANDEM_CLI_BINARY) + " --socket " + socket + " "; }
+std::string virt_tandem(const std::string& socket) {
+  return std::string(TANDEM_CLI_BINARY) + " --socket " + socket + " ";
+}
 
 }  // namespace
 
 TEST_CASE("the hook without a tandemd: only a domain that asks for Tandem is stopped, and only at its start") {
   const Directory directory;
   const std::string hook = virt_tandem(directory.at("nobody.sock")) + "hook ";
-  for (const char* step : {"other prepare begin -", "other start begin -", "other started begin -", "other stopped end -",
-                           "other release end -", "other reconnect begin -", "other migrate begin -", ""}) {
+  for (const char* step :
+       {"other prepare begin -", "other start begin -", "other started begin -", "other stopped end -",
+        "other release end -", "other reconnect begin -", "other migrate begin -", ""}) {
     INFO(step);
     const Ended ended = directory.run(hook + step, kForeign);
     CHECK(ended.status == 0);
@@ -156,13 +160,12 @@ TEST_CASE("the hook hands everything to tandemd, and its refusal to libvirt") {
   auto loop = EventLoop::make();
   REQUIRE(loop.has_value());
   std::vector<json> requests;
-  auto server = ControlServer::listen(directory.at("control.sock"), *loop,
-                                      [&](const json& request, const ControlServer::Answer& answer) {
-                                        requests.push_back(request);
-                                        if (request["command"] == "status") loop->quit();
-                                        answer(request.value("name", "") == "bad" ? refusal("bridge br7 is missing; make it")
-                                                                                  : json{{"ok", true}});
-                                      });
+  auto server = ControlServer::listen(
+      directory.at("control.sock"), *loop, [&](const json& request, const ControlServer::Answer& answer) {
+        requests.push_back(request);
+        if (request["command"] == "status") loop->quit();
+        answer(request.value("name", "") == "bad" ? refusal("bridge br7 is missing; make it") : json{{"ok", true}});
+      });
   REQUIRE(server.has_value());
   Ended good, bad, foreign, released;
   std::thread client([&] {
@@ -192,25 +195,24 @@ TEST_CASE("the hook hands everything to tandemd, and its refusal to libvirt") {
 }
 
 TEST_CASE("tables") {
-  const json status{
-      {"pairs",
-       {{{"name", "default"},
-         {"state", "solo"},
-         {"active", {{"pid", 41}, {"state", "polling"}}},
-         {"standby", {{"pid", nullptr}, {"state", "none"}}},
-         {"epoch", 7},
-         {"nics", {"52:54:00:00:00:01"}}}}},
-      {"nics",
-       {{{"mac", "52:54:00:00:00:01"},
-         {"domain", "web"},
-         {"pair", "default"},
-         {"uplink", {{"bridge", "br0"}, {"device", "tdm1"}}},
-         {"uplink_problem", ""},
-         {"fault", "guest memory disappeared"},
-         {"connected", true},
-         {"rx", {{"packets", 5}, {"bytes", 1}, {"dropped", 2}}},
-         {"tx", {{"packets", 6}, {"bytes", 1}, {"dropped", 3}}},
-         {"overflow", 9}}}}};
+  const json status{{"pairs",
+                     {{{"name", "default"},
+                       {"state", "solo"},
+                       {"active", {{"pid", 41}, {"state", "polling"}}},
+                       {"standby", {{"pid", nullptr}, {"state", "none"}}},
+                       {"epoch", 7},
+                       {"nics", {"52:54:00:00:00:01"}}}}},
+                    {"nics",
+                     {{{"mac", "52:54:00:00:00:01"},
+                       {"domain", "web"},
+                       {"pair", "default"},
+                       {"uplink", {{"bridge", "br0"}, {"device", "tdm1"}}},
+                       {"uplink_problem", ""},
+                       {"fault", "guest memory disappeared"},
+                       {"connected", true},
+                       {"rx", {{"packets", 5}, {"bytes", 1}, {"dropped", 2}}},
+                       {"tx", {{"packets", 6}, {"bytes", 1}, {"dropped", 3}}},
+                       {"overflow", 9}}}}};
   const std::string table = status_table(status);
   INFO(table);
   for (const char* word : {"41 polling", "- none", "br0", "connected", "guest memory disappeared", "web"})

@@ -28,9 +28,8 @@ class Server {
     auto loop = EventLoop::make();
     REQUIRE(loop.has_value());
     loop_.emplace(std::move(*loop));
-    auto server = ControlServer::listen(path(), *loop_, [this](const json& request, const ControlServer::Answer& answer) {
-      handle(request, answer);
-    });
+    auto server = ControlServer::listen(
+        path(), *loop_, [this](const json& request, const ControlServer::Answer& answer) { handle(request, answer); });
     INFO((server ? std::string{} : server.error().text));
     REQUIRE(server.has_value());
     server_ = std::move(*server);
@@ -108,14 +107,16 @@ TEST_CASE("requests and answers") {
   CHECK(server.ask("{\"command\": \"echo\", \"text\": 1}\n{\"command\": \"echo\", \"text\": 2}\n")["echo"] == 1);
   // A request in pieces.
   const UniqueFd socket = server.connect();
-  for (const char* piece : {"{\"comm", "and\": \"echo\",", " \"text\": 3}", "\n"}) Server::send_all(socket.get(), piece);
+  for (const char* piece : {"{\"comm", "and\": \"echo\",", " \"text\": 3}", "\n"})
+    Server::send_all(socket.get(), piece);
   CHECK(Server::answer(socket.get())["echo"] == 3);
 }
 
 TEST_CASE("garbage is refused with a sentence") {
   const Server server;
-  for (const char* text : {"\n", "garbage\n", "[]\n", "{}\n", "{\"command\": 5}\n", "{\"command\": null}\n", "{\"command\": \"echo\"\n",
-                           "\"command\"\n", "{\"command\": \"\xff\xfe\"}\n", "\x01\x02\x03\n"}) {
+  for (const char* text :
+       {"\n", "garbage\n", "[]\n", "{}\n", "{\"command\": 5}\n", "{\"command\": null}\n", "{\"command\": \"echo\"\n",
+        "\"command\"\n", "{\"command\": \"\xff\xfe\"}\n", "\x01\x02\x03\n"}) {
     INFO(text);
     const json answer = server.ask(text);
     REQUIRE(answer.is_object());
@@ -146,7 +147,8 @@ TEST_CASE("clients that say nothing, or leave, or do not read, keep nobody waiti
   Server::send_all(silent[1].get(), "{\"command\": \"never\"}\n");
   for (int n = 0; n < 50; ++n) {
     const UniqueFd leaving = server.connect();
-    if (n % 2 == 0) Server::send_all(leaving.get(), n % 4 == 0 ? "{\"command\": \"big\"}\n" : "{\"command\": \"later\"}\n");
+    if (n % 2 == 0)
+      Server::send_all(leaving.get(), n % 4 == 0 ? "{\"command\": \"big\"}\n" : "{\"command\": \"later\"}\n");
   }
   CHECK(server.ask("{\"command\": \"echo\", \"text\": 1}\n")["echo"] == 1);
   // Beyond its limit the server turns clients away at once, and serves again when others have left.

@@ -79,7 +79,8 @@ TEST_CASE("an incident as JSON") {
   CHECK(text["owner_state"] == "running");
   CHECK(text["queue_pairs"] == 3);
   CHECK(text["complete"] == false);
-  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000}, {"hang_verdict", nullptr},
+  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000},
+                                    {"hang_verdict", nullptr},
                                     {"fenced", 0},
                                     {"heir_awake", 60'000},
                                     {"epoch_taken", 61'000},

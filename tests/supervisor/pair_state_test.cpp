@@ -81,8 +81,10 @@ TEST_CASE("every cell of the pair's table") {
 
 TEST_CASE("names of states and events are all different") {
   std::set<std::string> states, events;
-  for (std::size_t i = 0; i < static_cast<std::size_t>(S::kCount); ++i) states.emplace(pair_state_name(static_cast<S>(i)));
-  for (std::size_t i = 0; i < static_cast<std::size_t>(E::kCount); ++i) events.emplace(pair_event_name(static_cast<E>(i)));
+  for (std::size_t i = 0; i < static_cast<std::size_t>(S::kCount); ++i)
+    states.emplace(pair_state_name(static_cast<S>(i)));
+  for (std::size_t i = 0; i < static_cast<std::size_t>(E::kCount); ++i)
+    events.emplace(pair_event_name(static_cast<E>(i)));
   CHECK(states.size() == static_cast<std::size_t>(S::kCount));
   CHECK(events.size() == static_cast<std::size_t>(E::kCount));
 }

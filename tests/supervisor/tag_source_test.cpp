@@ -23,7 +23,8 @@ TEST_CASE("a living tag keeps its slot to itself") {
   const std::uint32_t living = tags.next();
   for (std::uint32_t n = 0; n < 2 * TANDEM_FENCE_SLOTS; ++n) {
     const std::uint32_t tag = tags.next();
-    if (tag % TANDEM_FENCE_SLOTS == living % TANDEM_FENCE_SLOTS) FAIL("tag " << tag << " shares the slot of " << living);
+    if (tag % TANDEM_FENCE_SLOTS == living % TANDEM_FENCE_SLOTS)
+      FAIL("tag " << tag << " shares the slot of " << living);
     tags.retire(tag);
   }
   // Retiring what does not live, or a stranger that had the same slot, changes nothing.
@@ -31,7 +32,8 @@ TEST_CASE("a living tag keeps its slot to itself") {
   tags.retire(0);
   for (std::uint32_t n = 0; n < TANDEM_FENCE_SLOTS; ++n) {
     const std::uint32_t tag = tags.next();
-    if (tag % TANDEM_FENCE_SLOTS == living % TANDEM_FENCE_SLOTS) FAIL("tag " << tag << " shares the slot of " << living);
+    if (tag % TANDEM_FENCE_SLOTS == living % TANDEM_FENCE_SLOTS)
+      FAIL("tag " << tag << " shares the slot of " << living);
     tags.retire(tag);
   }
 }

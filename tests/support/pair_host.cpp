@@ -135,7 +135,8 @@ std::string PairHost::prepare() {
   return {};
 }
 
-PairHost::PairHost(PairHostOptions options) : options_(std::move(options)), instance_("t" + std::to_string(::getpid())) {
+PairHost::PairHost(PairHostOptions options)
+    : options_(std::move(options)), instance_("t" + std::to_string(::getpid())) {
   std::string pattern = "/tmp/tandem-pair-XXXXXX";
   REQUIRE(::mkdtemp(pattern.data()) != nullptr);
   directory_ = pattern;
@@ -161,7 +162,8 @@ void PairHost::make_network(unsigned outside_queues) {
   shell("ip link del br0; ip link del host0");
   for (const char* scope : {"all", "default"})
     write_file(std::string("/proc/sys/net/ipv6/conf/") + scope + "/disable_ipv6", "1");
-  const std::string queues = " numrxqueues " + std::to_string(outside_queues) + " numtxqueues " + std::to_string(outside_queues);
+  const std::string queues =
+      " numrxqueues " + std::to_string(outside_queues) + " numtxqueues " + std::to_string(outside_queues);
   REQUIRE(shell("ip link add br0 type bridge mcast_snooping 0"));
   REQUIRE(shell("ip link add host0" + queues + " type veth peer name host0p" + queues));
   REQUIRE(shell("ethtool -K host0 tx off tso off gso off"));
@@ -233,7 +235,8 @@ PairHost::json PairHost::ask(const json& request) const {
   char buffer[8192];
   for (;;) {
     pollfd wait{socket.get(), POLLIN, 0};
-    if (::poll(&wait, 1, std::chrono::milliseconds(kFailsafe).count()) != 1) return {{"ok", false}, {"error", "no answer"}};
+    if (::poll(&wait, 1, std::chrono::milliseconds(kFailsafe).count()) != 1)
+      return {{"ok", false}, {"error", "no answer"}};
     const ssize_t got = ::recv(socket.get(), buffer, sizeof buffer, 0);
     if (got <= 0) break;
     answer.append(buffer, static_cast<std::size_t>(got));
@@ -244,7 +247,11 @@ PairHost::json PairHost::ask(const json& request) const {
 
 PairHost::json PairHost::hook(const std::string& domain, const std::string& operation, const std::string& sub_operation,
                               const std::string& xml) const {
-  return ask({{"command", "hook"}, {"name", domain}, {"operation", operation}, {"sub_operation", sub_operation}, {"xml", xml}});
+  return ask({{"command", "hook"},
+              {"name", domain},
+              {"operation", operation},
+              {"sub_operation", sub_operation},
+              {"xml", xml}});
 }
 
 std::string PairHost::nic_socket(const std::string& mac) const {
@@ -256,9 +263,11 @@ std::string PairHost::nic_socket(const std::string& mac) const {
 std::string PairHost::domain_xml(const std::string& name, const std::vector<TestNic>& nics) const {
   std::string options, interfaces;
   for (const TestNic& nic : nics) {
-    options += "<tandem:nic mac='" + nic.mac + "' pair='" + nic.pair + "'><tandem:uplink " + nic.uplink + "/></tandem:nic>";
+    options +=
+        "<tandem:nic mac='" + nic.mac + "' pair='" + nic.pair + "'><tandem:uplink " + nic.uplink + "/></tandem:nic>";
     interfaces += "<interface type='vhostuser'><mac address='" + nic.mac + "'/><source type='unix' path='" +
-                  nic_socket(nic.mac) + "' mode='client'><reconnect enabled='yes' timeout='1'/></source><model type='virtio'/>" +
+                  nic_socket(nic.mac) +
+                  "' mode='client'><reconnect enabled='yes' timeout='1'/></source><model type='virtio'/>" +
                   "<driver queues='" + std::to_string(nic.queues) + "'/></interface>";
   }
   return "<domain type='qemu'><name>" + name + "</name><uuid>6c7dc2a6-5f0b-4d8c-a9d6-4c4fb0d1b7c1</uuid><metadata>" +
@@ -273,7 +282,9 @@ PairHost::json PairHost::prepare_domain(const std::string& name, const std::vect
   return answer;
 }
 
-PairHost::json PairHost::release_domain(const std::string& name) const { return hook(name, "release", "end", "<domain/>"); }
+PairHost::json PairHost::release_domain(const std::string& name) const {
+  return hook(name, "release", "end", "<domain/>");
+}
 
 PairHost::json PairHost::nic(const std::string& mac) const {
   const json all = status();

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// PairHost: a host in miniature for one test: network namespace, bpffs, bridge, and a real vault, supervisor and backends.
+// PairHost: a host in miniature for one test: network namespace, bpffs, bridge, and a real vault, supervisor and
+// backends.
 //
-// The test process itself moves into new network and mount namespaces and becomes the reaper of whatever its processes leave
-// behind, so that everything started here can be found, ended by pid and accounted for. One PairHost at a time; single-threaded.
+// The test process itself moves into new network and mount namespaces and becomes the reaper of whatever its processes
+// leave behind, so that everything started here can be found, ended by pid and accounted for. One PairHost at a time;
+// single-threaded.
 #pragma once
 
 #include <sys/types.h>
@@ -53,7 +55,8 @@ class PairHost {
 
   /// Starts tandem-vault --supervise tandemd and waits until tandemd answers.
   void start();
-  /// SIGTERM, and waits for the end of all. Returns what is left behind in words, empty if nothing: processes, sockets, links, pins.
+  /// SIGTERM, and waits for the end of all. Returns what is left behind in words, empty if nothing: processes, sockets,
+  /// links, pins.
   std::string stop();
   /// SIGKILL to all at once: vault, tandemd, backends. Everything else stays as it was.
   void kill_everything();
@@ -72,7 +75,7 @@ class PairHost {
   [[nodiscard]] std::string run_dir() const { return directory_ + "/run"; }
   [[nodiscard]] std::string incident_dir() const { return directory_ + "/incidents"; }
 
-  json nic(const std::string& mac) const;   ///< entry of status; null if none
+  json nic(const std::string& mac) const;  ///< entry of status; null if none
   json pair(const std::string& name = "default") const;
   json incidents() const { return ask({{"command", "incidents"}})["incidents"]; }
   pid_t active() const;   ///< 0: none

@@ -39,7 +39,8 @@ void DriverQueue::make_available(std::span<const std::uint16_t> heads) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   std::uint16_t event = 0;
   std::memcpy(&event, &used->ring[size], sizeof event);
-  const bool wanted = event_index ? need_event(event, avail_index, before) : (used->flags & VRING_USED_F_NO_NOTIFY) == 0;
+  const bool wanted =
+      event_index ? need_event(event, avail_index, before) : (used->flags & VRING_USED_F_NO_NOTIFY) == 0;
   if (wanted) kick();
 }
 
@@ -162,7 +163,8 @@ void ScriptedFrontEnd::settle_or_closed() {
   VhostUserHeader header;
   while (read_exactly(&header, sizeof header)) {
     std::vector<std::byte> payload(std::min(header.size, kMaxVhostUserPayload));
-    if (!read_exactly(payload.data(), payload.size()) || header.request == static_cast<std::uint32_t>(R::kGetFeatures)) return;
+    if (!read_exactly(payload.data(), payload.size()) || header.request == static_cast<std::uint32_t>(R::kGetFeatures))
+      return;
   }
 }
 
@@ -170,8 +172,8 @@ void ScriptedFrontEnd::negotiate() {
   for (std::uint32_t pair = 0; pair < options_.queue_pairs; ++pair) {
     ask(R::kGetFeatures);
     ask(R::kGetProtocolFeatures);
-    send_body(R::kSetProtocolFeatures,
-              protocol_feature::kMq | protocol_feature::kReplyAck | protocol_feature::kNetMtu | protocol_feature::kStatus);
+    send_body(R::kSetProtocolFeatures, protocol_feature::kMq | protocol_feature::kReplyAck | protocol_feature::kNetMtu |
+                                           protocol_feature::kStatus);
     if (pair == 0) {
       REQUIRE(ask(R::kGetQueueNum) >= options_.queue_pairs);
       send(R::kSetOwner);
@@ -212,7 +214,8 @@ void ScriptedFrontEnd::reset_rings() {
     if (vring % 2 == 0) continue;
     auto& slots = free_slots_[vring / 2];
     slots.clear();
-    for (std::uint32_t slot = 0; slot < options_.ring_size / 2; ++slot) slots.push_back(static_cast<std::uint16_t>(slot));
+    for (std::uint32_t slot = 0; slot < options_.ring_size / 2; ++slot)
+      slots.push_back(static_cast<std::uint16_t>(slot));
   }
 }
 
@@ -278,7 +281,8 @@ bool ScriptedFrontEnd::transmit(std::uint32_t pair, std::span<const std::uint8_t
   const std::uint64_t at = std::uint64_t{slot} * DriverQueue::kBufferSize;
   std::memset(queue.buffers + at, 0, kHeader);
   std::memcpy(queue.buffers + at + kHeader, frame.data(), frame.size());
-  queue.descriptors[head] = {queue.buffers_guest + at, kHeader, VRING_DESC_F_NEXT, static_cast<std::uint16_t>(head + 1)};
+  queue.descriptors[head] = {queue.buffers_guest + at, kHeader, VRING_DESC_F_NEXT,
+                             static_cast<std::uint16_t>(head + 1)};
   queue.descriptors[head + 1] = {queue.buffers_guest + at + kHeader, static_cast<std::uint32_t>(frame.size()), 0, 0};
   queue.make_available({&head, 1});
   return true;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // ScriptedFrontEnd: what QEMU and a guest's driver are to a NIC's socket, under a test's control.
 //
-// Speaks the start sequence of QEMU 7.2 (docs/vhost-user.md) and drives split virtqueues in its own memory. The memory and
-// the rings are open to the test, which may do with them what a hostile guest would. Single-threaded; failures are Catch2's.
+// Speaks the start sequence of QEMU 7.2 (docs/vhost-user.md) and drives split virtqueues in its own memory. The memory
+// and the rings are open to the test, which may do with them what a hostile guest would. Single-threaded; failures are
+// Catch2's.
 #pragma once
 
 // The header's legacy part is C only; its structures are what we want.
@@ -60,16 +61,17 @@ struct FrontEndOptions {
 class ScriptedFrontEnd {
  public:
   static constexpr std::uint64_t kUser = 0x7f1200000000;
-  static constexpr std::uint64_t kBuffersGuest = 0x100000000;  ///< rings lie at guest address 0, buffers above the PCI hole
+  static constexpr std::uint64_t kBuffersGuest =
+      0x100000000;  ///< rings lie at guest address 0, buffers above the PCI hole
   static constexpr std::uint32_t kHeader = 12;
 
   /// Connects to a NIC's socket.
   explicit ScriptedFrontEnd(const std::string& path, FrontEndOptions options = {});
 
   // ---- protocol ----
-  void negotiate();        ///< what QEMU sends when it connects
-  void start();            ///< what it sends when the driver is up; posts all receive buffers
-  void stop();             ///< STATUS 0, then GET_VRING_BASE of every vring
+  void negotiate();  ///< what QEMU sends when it connects
+  void start();      ///< what it sends when the driver is up; posts all receive buffers
+  void stop();       ///< STATUS 0, then GET_VRING_BASE of every vring
   void send(VhostUserRequest request, std::span<const std::byte> payload = {}, std::span<const int> fds = {},
             bool need_reply = false);
   template <class T>

@@ -5,10 +5,10 @@
 #include <cstdio>
 
 /// Leaves the test case as skipped. `reason` names the missing capability and what would provide it.
-#define TANDEM_SKIP(reason)                            \
-  do {                                                 \
+#define TANDEM_SKIP(reason)                                    \
+  do {                                                         \
     std::printf("SKIPPED: %s\n", std::string(reason).c_str()); \
-    std::fflush(stdout);                               \
-    SUCCEED("skipped");                                \
-    return;                                            \
+    std::fflush(stdout);                                       \
+    SUCCEED("skipped");                                        \
+    return;                                                    \
   } while (false)

@@ -16,7 +16,8 @@ Result<Json> ControlConnection::receive() {
   for (char next = 0; receive_all(socket_.get(), &next, 1);) {
     if (next == '\n') {
       Json object = Json::parse(line, nullptr, false);
-      if (!object.is_object()) return fail(ErrorKind::kInvalid, "control connection: '" + line + "' is not a JSON object");
+      if (!object.is_object())
+        return fail(ErrorKind::kInvalid, "control connection: '" + line + "' is not a JSON object");
       return object;
     }
     line.push_back(next);
@@ -45,7 +46,8 @@ Result<Json> ControlConnection::ask(const Json& request) {
   if (Status sent = send(request); !sent) return tl::make_unexpected(std::move(sent.error()));
   auto answer = receive();
   if (answer && !answer->value("ok", false))
-    return fail(ErrorKind::kInvalid, "guest refused " + request.dump() + ": " + answer->value("error", "no reason given"));
+    return fail(ErrorKind::kInvalid,
+                "guest refused " + request.dump() + ": " + answer->value("error", "no reason given"));
   return answer;
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The numbered datagram: its layout, how its bytes follow from its number, and how a receiver judges one.
 //
-// Length and payload are functions of the sequence number alone, so that a receiver compares every byte without having seen
-// the sender. Lengths and payloads repeat with prime periods: a buffer that is off by one entry never looks right by chance.
+// Length and payload are functions of the sequence number alone, so that a receiver compares every byte without having
+// seen the sender. Lengths and payloads repeat with prime periods: a buffer that is off by one entry never looks right
+// by chance.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +34,8 @@ std::uint32_t crc32(std::uint32_t crc, std::span<const std::byte> bytes);
 /// Writes datagram `sequence` of `flow` into `buffer` (at least kMaxDatagram bytes) and returns its length.
 std::size_t compose(std::span<std::byte> buffer, std::uint32_t flow, std::uint64_t sequence, std::uint64_t sent_ns);
 
-/// The header of an intact datagram of `flow`; nothing when a single byte, the length or the flow is not as it was sent.
+/// The header of an intact datagram of `flow`; nothing when a single byte, the length or the flow is not as it was
+/// sent.
 std::optional<DatagramHeader> inspect(std::span<const std::byte> bytes, std::uint32_t flow);
 
 }  // namespace tandem::traffic

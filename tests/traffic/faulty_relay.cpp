@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// tandem-faulty-relay: copies Ethernet frames between two interfaces and commits one fault on every Nth numbered datagram of
-// each direction.
+// tandem-faulty-relay: copies Ethernet frames between two interfaces and commits one fault on every Nth numbered
+// datagram of each direction.
 //
 // It proves the measuring: whatever it does to the datagrams, the traffic program must notice, in the right column.
 #include <arpa/inet.h>
@@ -44,7 +44,8 @@ Result<UniqueFd> open_interface(const char* name) {
   address.sll_family = AF_PACKET;
   address.sll_protocol = htons(ETH_P_ALL);
   address.sll_ifindex = static_cast<int>(::if_nametoindex(name));
-  if (::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) return tandem::fail_errno(doing);
+  if (::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
+    return tandem::fail_errno(doing);
   return socket;
 }
 
@@ -56,7 +57,8 @@ std::uint16_t read_u16(const Frame& frame, std::size_t offset) {
 
 bool is_numbered_datagram(const Frame& frame) {
   using namespace tandem::traffic;
-  if (frame.size() <= kPayloadOffset || read_u16(frame, 12) != ETH_P_IP || frame[23] != std::byte{IPPROTO_UDP}) return false;
+  if (frame.size() <= kPayloadOffset || read_u16(frame, 12) != ETH_P_IP || frame[23] != std::byte{IPPROTO_UDP})
+    return false;
   const std::uint16_t port = read_u16(frame, kUdpOffset + 2);
   return port >= kFlowPort && port < kFlowPort + kMaxFlows;
 }
@@ -111,7 +113,8 @@ class Relay {
 
 int main(int argc, char** argv) {
   if (argc != 5) {
-    std::fputs("Usage: tandem-faulty-relay INTERFACE INTERFACE none|loss|duplicates|reordering|corruption EVERY\n", stderr);
+    std::fputs("Usage: tandem-faulty-relay INTERFACE INTERFACE none|loss|duplicates|reordering|corruption EVERY\n",
+               stderr);
     return 2;
   }
   std::array<UniqueFd, 2> ports;

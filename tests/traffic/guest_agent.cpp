@@ -107,8 +107,8 @@ void Agent::serve(ControlConnection& control, const sockaddr_in& peer, int liste
     if (!request) break;
     const std::string what = request->value("do", "");
     const auto handler = kHandlers.find(what);
-    Result<Json> answer = handler == kHandlers.end() ? fail(ErrorKind::kInvalid, "unknown request")
-                                                     : (this->*handler->second)(*request);
+    Result<Json> answer =
+        handler == kHandlers.end() ? fail(ErrorKind::kInvalid, "unknown request") : (this->*handler->second)(*request);
     if (!answer) answer = Json{{"ok", false}, {"error", answer.error().text}};
     (*answer).emplace("ok", true);
     if (!control.send(*answer)) break;

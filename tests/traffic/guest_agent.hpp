@@ -12,8 +12,8 @@ namespace tandem::traffic {
 /// `interface` is the network interface whose link changes and drops are reported.
 Status run_guest_agent(const std::string& interface);
 
-/// Sets the number of combined channels, as `ethtool -L INTERFACE combined COUNT` does; a device with fewer gets all it has.
-/// Returns how many are in use.
+/// Sets the number of combined channels, as `ethtool -L INTERFACE combined COUNT` does; a device with fewer gets all it
+/// has. Returns how many are in use.
 Result<unsigned> set_channels(const std::string& interface, unsigned count);
 
 }  // namespace tandem::traffic

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ledger: what became of each number of one flow in one direction.
 //
-// Plain data, no I/O, one thread. A number counts as reordered when it is new but a higher one was seen before it, and as
-// duplicated each time it is seen again. What is missing can only be told once the sender has said how much it sent.
+// Plain data, no I/O, one thread. A number counts as reordered when it is new but a higher one was seen before it, and
+// as duplicated each time it is seen again. What is missing can only be told once the sender has said how much it sent.
 #pragma once
 
 #include <cstdint>

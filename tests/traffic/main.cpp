@@ -24,8 +24,10 @@ constexpr const char* kUsage =
     "  --rate N           datagrams a second each way, all flows together (1000)\n"
     "  --stream-rate N    bytes a second of the TCP stream (262144)\n"
     "  --json FILE        write the report there instead of standard output\n"
-    "  --arrivals PREFIX  write arrival times to PREFIX.to_guest and PREFIX.from_guest: records of two 64-bit numbers,\n"
-    "                     CLOCK_MONOTONIC of this host in ns, and the sequence number with the flow in the upper 16 bits\n"
+    "  --arrivals PREFIX  write arrival times to PREFIX.to_guest and PREFIX.from_guest: records of two 64-bit "
+    "numbers,\n"
+    "                     CLOCK_MONOTONIC of this host in ns, and the sequence number with the flow in the upper 16 "
+    "bits\n"
     "  --connect-limit N  seconds to wait for the guest (60)\n"
     "  --drain-limit N    seconds without any arrival before a datagram is called lost (10)\n"
     "Exit status of outside: 0 all is as it should be, 1 something was lost or changed, 2 the run could not be made.\n";
@@ -78,15 +80,17 @@ int outside(const std::vector<std::string>& words) {
   OutsideOptions options;
   const auto to_u32 = [](const std::string& value) { return static_cast<std::uint32_t>(std::stoul(value)); };
   const bool read = read_options(
-      words, {{"--guest", [&](const std::string& value) { options.guest = value; }},
-              {"--seconds", [&](const std::string& value) { options.seconds = std::stod(value); }},
-              {"--flows", [&](const std::string& value) { options.flows = to_u32(value); }},
-              {"--rate", [&](const std::string& value) { options.rate = to_u32(value); }},
-              {"--stream-rate", [&](const std::string& value) { options.stream_rate = std::stoull(value); }},
-              {"--json", [&](const std::string& value) { options.json = value; }},
-              {"--arrivals", [&](const std::string& value) { options.arrivals = value; }},
-              {"--connect-limit", [&](const std::string& value) { options.connect_limit = milliseconds{1000 * to_u32(value)}; }},
-              {"--drain-limit", [&](const std::string& value) { options.drain_limit = milliseconds{1000 * to_u32(value)}; }}});
+      words,
+      {{"--guest", [&](const std::string& value) { options.guest = value; }},
+       {"--seconds", [&](const std::string& value) { options.seconds = std::stod(value); }},
+       {"--flows", [&](const std::string& value) { options.flows = to_u32(value); }},
+       {"--rate", [&](const std::string& value) { options.rate = to_u32(value); }},
+       {"--stream-rate", [&](const std::string& value) { options.stream_rate = std::stoull(value); }},
+       {"--json", [&](const std::string& value) { options.json = value; }},
+       {"--arrivals", [&](const std::string& value) { options.arrivals = value; }},
+       {"--connect-limit",
+        [&](const std::string& value) { options.connect_limit = milliseconds{1000 * to_u32(value)}; }},
+       {"--drain-limit", [&](const std::string& value) { options.drain_limit = milliseconds{1000 * to_u32(value)}; }}});
   if (!read) return 2;
   if (options.guest.empty() || options.flows == 0 || options.rate == 0) {
     std::fputs("tandem-traffic: outside needs --guest, and --flows and --rate above 0\n", stderr);

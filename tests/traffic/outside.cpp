@@ -29,7 +29,7 @@ std::uint64_t sum(const Counts& counts) { return std::accumulate(counts.begin(),
 /// The guest's clock against ours at one moment.
 struct ClockSample {
   std::int64_t guest_ns = 0;
-  std::int64_t ahead_ns = 0;       ///< guest minus host
+  std::int64_t ahead_ns = 0;                                             ///< guest minus host
   std::int64_t uncertain_ns = std::numeric_limits<std::int64_t>::max();  ///< half the round trip
 };
 
@@ -52,7 +52,8 @@ Result<ClockSample> compare_clocks(ControlConnection& control) {
 std::int64_t to_host(std::int64_t guest_ns, const ClockSample& first, const ClockSample& last) {
   const double span = static_cast<double>(std::max<std::int64_t>(1, last.guest_ns - first.guest_ns));
   const double position = static_cast<double>(guest_ns - first.guest_ns) / span;
-  const double ahead = static_cast<double>(first.ahead_ns) + position * static_cast<double>(last.ahead_ns - first.ahead_ns);
+  const double ahead =
+      static_cast<double>(first.ahead_ns) + position * static_cast<double>(last.ahead_ns - first.ahead_ns);
   return guest_ns - static_cast<std::int64_t>(ahead);
 }
 
@@ -72,14 +73,16 @@ bool told_to_stop(milliseconds limit) {
 
 Status save_arrivals(const std::string& path, const std::vector<Arrival>& arrivals) {
   std::ofstream file{path, std::ios::binary};
-  file.write(reinterpret_cast<const char*>(arrivals.data()), static_cast<std::streamsize>(arrivals.size() * sizeof(Arrival)));
+  file.write(reinterpret_cast<const char*>(arrivals.data()),
+             static_cast<std::streamsize>(arrivals.size() * sizeof(Arrival)));
   if (!file.flush()) return fail_errno("write arrivals to " + path);
   return {};
 }
 
 /// What one direction came to, from what one end sent and the other end counted.
 struct Direction {
-  std::uint64_t sent = 0, received = 0, lost = 0, duplicated = 0, reordered = 0, corrupt = 0, refused = 0, socket_drops = 0;
+  std::uint64_t sent = 0, received = 0, lost = 0, duplicated = 0, reordered = 0, corrupt = 0, refused = 0,
+                socket_drops = 0;
 
   [[nodiscard]] bool clean() const { return lost == 0 && duplicated == 0 && reordered == 0 && corrupt == 0; }
   [[nodiscard]] Json json() const {
@@ -160,7 +163,8 @@ Status Run::begin() {
   if (!flows) return tl::make_unexpected(std::move(flows.error()));
   flows_ = std::move(*flows);
   // Our sockets are open before the guest sends, and the guest's before we do: nothing meets a closed port.
-  auto started = control_->ask({{"do", "start"}, {"flows", options_.flows}, {"rate", options_.rate}, {"port", kFlowPort}});
+  auto started =
+      control_->ask({{"do", "start"}, {"flows", options_.flows}, {"rate", options_.rate}, {"port", kFlowPort}});
   if (!started) return tl::make_unexpected(std::move(started.error()));
   begun_ns_ = now_ns();
   flows_->send();
@@ -169,7 +173,8 @@ Status Run::begin() {
 }
 
 Status Run::carry_on_until_told() {
-  const auto end = steady_clock::now() + std::chrono::duration_cast<milliseconds>(std::chrono::duration<double>(options_.seconds));
+  const auto end =
+      steady_clock::now() + std::chrono::duration_cast<milliseconds>(std::chrono::duration<double>(options_.seconds));
   std::printf("running\n");
   for (;;) {
     print_progress();
@@ -235,11 +240,12 @@ Result<Json> Run::report() {
   const Direction to = direction_to_guest(flows_->sender_totals(), *guest);
   const Direction from = direction_from_guest(flows_->receiver_totals(), *guest);
   std::string stream_failure = stream_result_.failure;
-  if (stream_failure.empty() && (guest->at("stream_bytes") != stream_result_.sent || guest->at("stream_wrong_bytes") != 0))
+  if (stream_failure.empty() &&
+      (guest->at("stream_bytes") != stream_result_.sent || guest->at("stream_wrong_bytes") != 0))
     stream_failure = "the guest read " + guest->at("stream_bytes").dump() + " bytes, " +
                      guest->at("stream_wrong_bytes").dump() + " of them wrong";
-  const std::int64_t link_changes =
-      guest->at("after").at("carrier_changes").get<std::int64_t>() - guest->at("before").at("carrier_changes").get<std::int64_t>();
+  const std::int64_t link_changes = guest->at("after").at("carrier_changes").get<std::int64_t>() -
+                                    guest->at("before").at("carrier_changes").get<std::int64_t>();
   return Json{{"udp", {{"to_guest", to.json()}, {"from_guest", from.json()}}},
               {"tcp",
                {{"bytes", stream_result_.returned},
@@ -251,8 +257,9 @@ Result<Json> Run::report() {
               {"clock_uncertain_ns", std::max(clock_.uncertain_ns, clock->uncertain_ns)},
               {"begun_ns", begun_ns_},
               {"ended_ns", ended_ns_},
-              {"arrivals", options_.arrivals.empty() ? Json{} : Json{{"to_guest", options_.arrivals + ".to_guest"},
-                                                                     {"from_guest", options_.arrivals + ".from_guest"}}},
+              {"arrivals", options_.arrivals.empty() ? Json{}
+                                                     : Json{{"to_guest", options_.arrivals + ".to_guest"},
+                                                            {"from_guest", options_.arrivals + ".from_guest"}}},
               {"ok", to.clean() && from.clean() && stream_failure.empty() && link_changes == 0}};
 }
 

@@ -19,7 +19,8 @@ namespace tandem::traffic {
 /// Fills `bytes` with the stream's bytes from `offset` on.
 void stream_bytes(std::uint64_t offset, std::span<std::byte> bytes);
 
-/// Guest's side: accepts one connection after the other on `port`, checks each byte and sends it back. Threads of its own.
+/// Guest's side: accepts one connection after the other on `port`, checks each byte and sends it back. Threads of its
+/// own.
 class EchoServer {
  public:
   static Result<std::unique_ptr<EchoServer>> open(std::uint16_t port);
@@ -45,7 +46,7 @@ struct StreamResult {
   std::uint64_t returned = 0;
   std::uint64_t wrong_bytes = 0;
   std::uint64_t retransmitted_segments = 0;  ///< this end's, for the curious: TCP repairs what the path loses
-  std::string failure;                       ///< empty when every byte came back as it went and the stream ended in order
+  std::string failure;  ///< empty when every byte came back as it went and the stream ended in order
 };
 
 /// Outside's side: sends at `rate` bytes a second until finish().

@@ -21,7 +21,8 @@ namespace {
 // Seconds of traffic at the default pace: the receiving socket is never the place where something is lost.
 constexpr int kBufferBytes = 32 << 20;
 constexpr std::int64_t kSecond = 1'000'000'000;
-// A sender that was not scheduled catches up for at most this long, so that it never makes a burst that overruns a ring.
+// A sender that was not scheduled catches up for at most this long, so that it never makes a burst that overruns a
+// ring.
 constexpr std::int64_t kMaxCatchUp = 20'000'000;
 
 Result<UniqueFd> open_flow(const sockaddr_in& peer, std::uint16_t port) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // UdpEnd: one end of a set of numbered UDP flows, sending and receiving at once.
 //
-// Flow i runs between port base+i here and the same port there. One thread sends, paced, round robin over the flows; one
-// receives. Both ends run the same code, so "to the guest" and "from the guest" are judged alike.
+// Flow i runs between port base+i here and the same port there. One thread sends, paced, round robin over the flows;
+// one receives. Both ends run the same code, so "to the guest" and "from the guest" are judged alike.
 #pragma once
 
 #include <netinet/in.h>
@@ -39,9 +39,10 @@ struct SenderTotals {
 };
 
 struct ReceiverTotals {
-  std::vector<Ledger> ledgers;     ///< per flow
-  std::uint64_t corrupt = 0;       ///< datagrams on our ports that are not as anyone sent them
-  std::uint64_t socket_drops = 0;  ///< lost by this end's own socket buffer: a fault of the measurement, not of the path
+  std::vector<Ledger> ledgers;  ///< per flow
+  std::uint64_t corrupt = 0;    ///< datagrams on our ports that are not as anyone sent them
+  std::uint64_t socket_drops =
+      0;  ///< lost by this end's own socket buffer: a fault of the measurement, not of the path
 };
 
 class UdpEnd {

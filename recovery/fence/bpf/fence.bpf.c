@@ -9,7 +9,8 @@
  *    the leader takes the leader's tid here and never exits under its own.
  *
  * bpf_get_current_pid_tgid() counts in the init pid namespace, as the watch map's keys do. */
-/* clang-format off: libbpf's headers take the kernel's types from those before them. */
+/* libbpf's headers take the kernel's types from those before them. */
+/* clang-format off */
 #include <linux/bpf.h>
 #include <linux/types.h>
 

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0 OR Apache-2.0) */
-/* Sends each received frame to the AF_XDP socket of the queue it arrived on; a queue without one gets the configured verdict. */
-/* clang-format off: libbpf's headers take the kernel's types from those before them. */
+/* Sends each received frame to the AF_XDP socket of the queue it arrived on; a queue without one gets the configured
+ * verdict. */
+/* libbpf's headers take the kernel's types from those before them. */
+/* clang-format off */
 #include <linux/bpf.h>
 #include <linux/types.h>
 
