@@ -163,7 +163,7 @@ void Shard::put_in_force(std::uint32_t device) {
         // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count
         // goes last, so that an heir who finds us dead in between does it over.
         cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
-        cursors.next_used = bound.queue.used_index();
+        cursors.next_used = bound.queue.first_used(newest->description().vrings[vring].base);
         cursors.fault.store(QueueFault::kNone, std::memory_order_relaxed);
         std::atomic_ref<std::uint32_t>(cursors.start_count).store(bound.start_count, std::memory_order_release);
       }
@@ -361,13 +361,13 @@ bool Shard::owner_sleeps_through_work() {
       const XskPort& port = *served.uplink->ports[n];
       const auto works = [](const BoundQueue& bound, const VringCursors& cursors) {
         return bound.queue.bound() && cursors.fault.load(std::memory_order_relaxed) == QueueFault::kNone &&
-               cursors.start_count == bound.start_count && bound.queue.avail_index() != cursors.next_avail;
+               cursors.start_count == bound.start_count && bound.queue.offers(cursors.next_avail);
       };
       if (!serves(index)) continue;
       // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
       if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
       if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
-          pair.receive.starved != (kStarvedMark | receive.queue.avail_index()))
+          (pair.receive.starved == 0 || receive.queue.offers(static_cast<std::uint16_t>(pair.receive.starved))))
         return true;
     }
   }

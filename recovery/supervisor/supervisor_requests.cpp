@@ -37,6 +37,8 @@ const char* fault_name(QueueFault fault) {
       return "guest memory disappeared";
     case QueueFault::kRecordInvalid:
       return "a dead backend had damaged its record";
+    case QueueFault::kEndlessChain:
+      return "the guest made a chain of descriptors without an end";
   }
   return "unknown";
 }
