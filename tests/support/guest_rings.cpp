@@ -2,6 +2,7 @@
 // The driver's side of a virtqueue.
 #include "tests/support/guest_rings.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -167,6 +168,17 @@ std::uint16_t GuestQueue::used_index() const {
   return std::atomic_ref<std::uint16_t>(used_->idx).load(std::memory_order_acquire);
 }
 
+std::uint32_t GuestQueue::published() const {
+  if (!place_.packed) return static_cast<std::uint16_t>(used_index() - used_taken_);
+  std::uint32_t slots = 0;
+  while (slots < place_.size) {
+    const auto used = used_at(next_position(used_taken_, slots));
+    if (!used) break;
+    slots += used->id < place_.size ? std::max<std::uint32_t>(chain_length_[used->id], 1) : 1;
+  }
+  return slots;
+}
+
 std::optional<UsedEntry> GuestQueue::take_used() {
   if (place_.packed) return take_packed();
   if (used_index() == used_taken_) return std::nullopt;
@@ -264,20 +276,26 @@ void GuestQueue::offer_packed(std::uint16_t id, std::uint32_t slots) {
   ++outstanding_;
 }
 
-std::optional<UsedEntry> GuestQueue::take_packed() {
-  vring_packed_desc& slot = slots_[used_taken_ & kSlotMask];
+std::optional<vring_packed_desc> GuestQueue::used_at(std::uint16_t position) const {
+  vring_packed_desc& slot = slots_[position & kSlotMask];
   const std::uint16_t flags = std::atomic_ref<std::uint16_t>(slot.flags).load(std::memory_order_acquire);
-  if ((flags & kUsedFlags) != ((used_taken_ & kWrapBit) != 0 ? kUsedFlags : 0)) return std::nullopt;
-  UsedEntry entry{slot.id, slot.len, slot.id < place_.size && chain_length_[slot.id] != 0};
+  if ((flags & kUsedFlags) != ((position & kWrapBit) != 0 ? kUsedFlags : 0)) return std::nullopt;
+  return slot;
+}
+
+std::optional<UsedEntry> GuestQueue::take_packed() {
+  const auto used = used_at(used_taken_);
+  if (!used) return std::nullopt;
+  UsedEntry entry{used->id, used->len, used->id < place_.size && chain_length_[used->id] != 0};
   // Of bytes written, a device says so.
-  entry.expected = entry.expected && ((flags & VRING_DESC_F_WRITE) != 0) == (entry.length != 0);
+  entry.expected = entry.expected && ((used->flags & VRING_DESC_F_WRITE) != 0) == (entry.length != 0);
   if (!entry.expected) {
     ++wrong_returns_;
     used_taken_ = next_position(used_taken_, 1);
     return entry;
   }
   const std::uint16_t length = std::exchange(chain_length_[entry.id], std::uint16_t{0});
-  free_.push_back(slot.id);
+  free_.push_back(used->id);
   free_slots_ += length;
   entries_taken_ += length;
   used_taken_ = next_position(used_taken_, length);

@@ -96,6 +96,8 @@ class GuestQueue {
   [[nodiscard]] std::uint16_t used_taken() const { return used_taken_; }
   /// Ring entries (packed: slots) that came back so far.
   [[nodiscard]] std::uint32_t entries_taken() const { return entries_taken_; }
+  /// Ring entries (packed: slots) that the device has given back and nobody has taken yet.
+  [[nodiscard]] std::uint32_t published() const;
   /// used.idx as the device published it; split only.
   [[nodiscard]] std::uint16_t used_index() const;
   [[nodiscard]] bool packed() const { return place_.packed; }
@@ -122,6 +124,8 @@ class GuestQueue {
   [[nodiscard]] std::uint16_t position_of(std::uint32_t in_two_rounds) const;
   [[nodiscard]] std::uint16_t next_position(std::uint16_t position, std::uint32_t slots) const;
   std::optional<std::uint16_t> add_packed(std::span<const Piece> pieces);
+  // The used descriptor at `position`, if there is one.
+  [[nodiscard]] std::optional<vring_packed_desc> used_at(std::uint16_t position) const;
   std::optional<UsedEntry> take_packed();
   bool kick_wanted_packed();
 
