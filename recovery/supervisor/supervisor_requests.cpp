@@ -231,6 +231,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"generation", nic.device->description().generation},
           {"queue_pairs", nic.option.queues},
           {"running_queues", running},
+          {"packed", (nic.device->description().features & kFeatureRingPacked) != 0},
           {"fault", fault},
           {"rx", receive.json()},
           {"tx", transmit.json()},

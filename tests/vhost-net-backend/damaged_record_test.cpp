@@ -240,9 +240,9 @@ TEST_CASE("a damaged record of a burst that the guest was shown stops its queue;
   const std::uint64_t layout = GENERATE(from_range(kLayouts));
   for (const bool receive : {false, true})
     for (const auto& [point, shown] : {std::pair{ProbePoint::kArmed, false},
-                                      {ProbePoint::kDestinationWritten, receive && layout != 0},
-                                      {ProbePoint::kSourcePublished, true},
-                                      {ProbePoint::kCursorsAdvanced, false}}) {
+                                       {ProbePoint::kDestinationWritten, receive && layout != 0},
+                                       {ProbePoint::kSourcePublished, true},
+                                       {ProbePoint::kCursorsAdvanced, false}}) {
       INFO((receive ? "receive" : "transmit") << (layout != 0 ? ", packed, " : ", ") << name(point));
       // Packed: other slots than the first are overwritten before the burst is shown, and could not be read again.
       const Crashed crashed(receive, 3, layout, point);
