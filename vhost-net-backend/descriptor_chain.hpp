@@ -109,11 +109,7 @@ class PackedChain {
   /// The chain at `position`, which must be available; `taken` slots were taken in this burst before it.
   PackedChain(const GuestMemory& memory, const PackedQueue& queue, std::uint16_t position, bool writable,
               std::uint32_t taken)
-      : memory_(memory),
-        queue_(queue),
-        slot_(PackedQueue::index(position)),
-        limit_(queue.size() - taken),
-        writable_(writable) {}
+      : memory_(memory), queue_(queue), position_(position), limit_(queue.size() - taken), writable_(writable) {}
 
   bool next(std::uint64_t& address, std::uint32_t& length) {
     if (fault_ != ChainFault::kNone) return false;
@@ -131,7 +127,7 @@ class PackedChain {
   }
 
   [[nodiscard]] ChainFault fault() const { return fault_; }
-  /// Walks to the end of the chain. False: it has none within the slots that a chain may still take.
+  /// Walks to the end of the chain. False: it has none within what the driver made available.
   [[nodiscard]] bool finish() {
     vring_packed_desc descriptor;
     while (more_)
@@ -145,13 +141,15 @@ class PackedChain {
  private:
   // The next descriptor in the ring.
   bool step(vring_packed_desc& descriptor) {
-    if (slots_ == limit_) {
+    if (slots_ != limit_) descriptor = queue_.descriptor(PackedQueue::index(position_));
+    // Every descriptor of a chain bears the marks of its round (2.8.1): a chain that goes on where nothing was made
+    // available has no end either.
+    if (slots_ == limit_ || !PackedQueue::is_available(descriptor.flags, position_)) {
       more_ = false;
       endless_ = true;
       return fail(ChainFault::kLoop);
     }
-    descriptor = queue_.descriptor(slot_);
-    if (++slot_ == queue_.size()) slot_ = 0;
+    position_ = queue_.next(position_, 1);
     ++slots_;
     id_ = descriptor.id;
     more_ = (descriptor.flags & VRING_DESC_F_NEXT) != 0;
@@ -190,7 +188,7 @@ class PackedChain {
   const PackedQueue& queue_;
   std::uint64_t table_ = 0;
   std::uint32_t table_left_ = 0;
-  std::uint32_t slot_;
+  std::uint16_t position_;
   std::uint32_t slots_ = 0;
   std::uint32_t limit_;
   std::uint16_t id_ = 0;

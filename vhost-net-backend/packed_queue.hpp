@@ -83,6 +83,10 @@ class PackedQueue {
   }
   /// Whether the driver has made something available at `position`, whatever that is.
   [[nodiscard]] bool offers(std::uint16_t position) const { return is_position(position) && available(position); }
+  /// Whether `flags` in the slot at `position` make it available.
+  [[nodiscard]] static constexpr bool is_available(std::uint16_t flags, std::uint16_t position) {
+    return (flags & (kAvail | kUsed)) == ((position & kWrap) != 0 ? kAvail : kUsed);
+  }
   /// A private copy of the descriptor in slot `slot`, which must be < size().
   [[nodiscard]] vring_packed_desc descriptor(std::uint32_t slot) const {
     return read_packed_descriptor_once(&view_[slot]);
@@ -129,10 +133,7 @@ class PackedQueue {
     return std::atomic_ref<std::uint16_t>(const_cast<std::uint16_t&>(view_[slot].flags))
         .load(std::memory_order_acquire);
   }
-  [[nodiscard]] bool available(std::uint16_t position) const {
-    const std::uint16_t expected = (position & kWrap) != 0 ? kAvail : kUsed;
-    return (flags(index(position)) & (kAvail | kUsed)) == expected;
-  }
+  [[nodiscard]] bool available(std::uint16_t position) const { return is_available(flags(index(position)), position); }
   // Where `position` stands in two rounds of the ring.
   [[nodiscard]] std::uint32_t in_two_rounds(std::uint16_t position) const {
     return index(position) + ((position & kWrap) != 0 ? 0 : size_);
@@ -149,7 +150,7 @@ class PackedQueue {
   }
 
   const vring_packed_desc* view_ = nullptr;
-  std::uint64_t* window_ = nullptr;  // two words a slot: address; length, id and flags
+  std::uint64_t* window_ = nullptr;              // two words a slot: address; length, id and flags
   const std::uint32_t* driver_event_ = nullptr;  // struct vring_packed_desc_event as one word, as drivers read it
   std::uint32_t* device_event_ = nullptr;
   std::uint32_t size_ = 0;

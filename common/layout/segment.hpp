@@ -33,7 +33,7 @@ enum class QueueFault : std::uint32_t {
   kAvailJump = 1,      ///< avail.idx ran ahead by more than the ring's size
   kMemoryFault = 2,    ///< SIGBUS: the front end took pages of guest memory away
   kRecordInvalid = 3,  ///< takeover found a damaged redo record or cursor for this queue
-  kEndlessChain = 4,   ///< packed: a chain longer than the ring, so nobody knows where the next one begins
+  kEndlessChain = 4,   ///< packed: a chain that does not end, so nobody knows where the next one begins
 };
 
 /// Cursors and counters of one virtqueue; one cache line.
