@@ -129,18 +129,9 @@ struct Echo {
   }
 };
 
-<<<<<<< HEAD
 // Frames to testpmd and back, the active killed twice in the middle: every frame is back once, in order.
 void echo_through_kills(const std::string& device, bool packed) {
   INFO("virtio_user's arguments: " << device);
-=======
-}  // namespace
-
-TEST_CASE(
-    "virtio_user sends back what it gets, the active is killed in the middle: every frame is back once, in order") {
-  SKIP_UNLESS_PAIR();
-  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
->>>>>>> main
   PairHost host;
   host.start();
   require_domain(host, "one", {{}});
