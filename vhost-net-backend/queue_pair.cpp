@@ -74,6 +74,13 @@ void apply_cursors(const RedoRecord& record, VringCursors& vring) {
   TANDEM_PROBE(kCursorsAdvanced);
 }
 
+// In one store: the checksum reads it back in one load right afterwards, which would wait for several smaller stores.
+template <class Chain>
+void add_used(RedoRecord& record, const Chain& chain, std::uint32_t length) {
+  record.used[record.used_count++] = std::bit_cast<RedoUsed>(
+      std::uint64_t{chain.id()} | std::uint64_t{chain.slots()} << 16 | std::uint64_t{length} << 32);
+}
+
 std::span<const RedoUsed> used_of(const RedoRecord& record) { return {record.used, record.used_count}; }
 
 template <class Queue>
@@ -236,10 +243,13 @@ std::uint32_t gather(QueuePair& pair, Chain& chain, std::byte* frame, ChainFault
 
 // Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
 // included).
-template <class Chain>
+template <class Queue>
 class Scatter {
  public:
-  Scatter(const GuestMemory& memory, Chain& chain) : memory_(memory), chain_(chain) {}
+  Scatter(const GuestMemory& memory, const Queue& queue, std::uint16_t position, std::uint32_t taken)
+      : memory_(memory), chain_(memory, queue, position, /*writable=*/true, taken) {}
+  // For giving it back.
+  [[nodiscard]] typename Queue::Chain& chain() { return chain_; }
 
   // Appends `size` bytes; returns how many found room.
   std::size_t write(const std::byte* data, std::size_t size) {
@@ -279,7 +289,7 @@ class Scatter {
   }
 
   const GuestMemory& memory_;
-  Chain& chain_;
+  typename Queue::Chain chain_;
   WritableSpan span_;
   std::size_t used_ = 0;
   std::uint64_t address_ = 0;
@@ -324,8 +334,7 @@ Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& 
       at = begin;
       return first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom;
     }
-    typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/true, at.slots);
-    Scatter scatter(*pair.memory, chain);
+    Scatter scatter(*pair.memory, queue, at.position, at.slots);
     std::uint32_t written = 0;
     bool complete = true;  // the header is in
     if (buffers == 0) {
@@ -343,12 +352,13 @@ Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& 
       done += copied;
       written += copied;
     }
+    auto& chain = scatter.chain();
     if (!chain.finish()) {
       record.used_count = first_used;
       at = begin;
       return Placed::kEndless;
     }
-    record.used[record.used_count++] = {chain.id(), chain.slots(), written};
+    add_used(record, chain, written);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
     if (!complete || scatter.fault() != ChainFault::kNone || (written == 0 && done < length)) {
       give_back_empty();
@@ -392,7 +402,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     const std::uint32_t length = gather(pair, chain, port.frame(address, port.description().frame_size), fault);
     endless = !chain.finish();
     if (endless) break;
-    record.used[record.used_count++] = {chain.id(), chain.slots(), 0};
+    add_used(record, chain, 0);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
     if (fault != ChainFault::kNone) {
       ++record.dropped_after;

@@ -33,7 +33,7 @@ struct RedoFrame {
 };
 
 /// A chain that goes back to the guest, host byte order; little endian on the wire.
-struct RedoUsed {
+struct alignas(8) RedoUsed {
   std::uint16_t id;     ///< split: the chain's head; packed: its buffer id
   std::uint16_t slots;  ///< by which positions move: split 1; packed the number of descriptors in the ring
   std::uint32_t length;
