@@ -25,6 +25,8 @@ void handle(const nlohmann::json& request, const ControlServer::Answer& answer) 
   if (command != "hook") return answer(refusal("unknown command \"" + command + "\""));
   const auto domain = parse_domain_option(text_of("xml"), "/run/tandem");
   if (!domain) return answer(refusal(domain.error().text));
+  if (domain->nics.empty()) return answer({{"ok", true}});
+  static_cast<void>(nlohmann::json({domain->name, domain->uuid}).dump());  // throws if they are no UTF-8
   nlohmann::json nics = nlohmann::json::array();
   for (const NicOption& nic : domain->nics) nics.push_back({{"mac", nic.mac}, {"pair", nic.pair}});
   answer({{"ok", true}, {"domain", domain->name}, {"nics", nics}});
