@@ -49,7 +49,7 @@ void Shard::execute(HandOverCommand&) {
 
 // As heir. The request names the epoch, so that it means nothing to a later owner.
 void Shard::ask_owner() {
-  hand_over_wanted_ = false;
+  if (!std::exchange(hand_over_wanted_, false)) return;
   ShardState& shard = state();
   const std::uint64_t word = shard.owner.load(std::memory_order_acquire);
   if (config_.fence->dead(owner_tag(word))) return;  // no owner to ask: a takeover is next

@@ -167,20 +167,39 @@ void CrashTrial::step_owner(RowResult& result) {
     stepped::pause();
     if (held.size() > 1) owner.run_commands();
     owner.poll_once();
+    if (row_.situation == Situation::kHandover) {
+      if (!owner.let_go()) std::abort();
+      owner.poll_once();  // touches nothing any more, although there is work
+    }
     stepped::pause();
   });
+  if (row_.situation == Situation::kHandover)
+    make_shard(*world_, *fence_, kHeirTag, world_->make_ports(), {world_->make_device(world_->describe(1))})
+        .ask_owner();
   fence_->kill(kOwnerTag);
   begin_burst();
+  world_->calls(0);
+  world_->calls(1);
   Snapshot snapshot;
-  const auto look = [&] {
-    ++result.points;
-    if (!refresh(*world_, snapshot) || !seen_.insert(hash(snapshot, 0)).second) return;
-    ++result.distinct;
-    judge(snapshot, result);
-    if (row_.nested) starts_.push_back(snapshot);
-  };
-  look();
-  child.step(look);
+  look(snapshot, result);
+  child.step([&] { look(snapshot, result); });
+  if (row_.situation == Situation::kHandover && !let_go_) std::abort();
+}
+
+void CrashTrial::look(Snapshot& snapshot, RowResult& result) {
+  ++result.points;
+  if (!refresh(*world_, snapshot)) return;
+  if (let_go_) ++result.verdict.trespasses;
+  if (!let_go_ && let_go(*world_)) {
+    let_go_ = true;
+    if (world_->calls(0) == 0 || world_->calls(1) == 0) ++result.verdict.not_notified;
+    flows_->send(*world_, 1, 1);
+    refresh(*world_, snapshot);
+  }
+  if (!seen_.insert(hash(snapshot, 0)).second) return;
+  ++result.distinct;
+  judge(snapshot, result);
+  if (row_.nested) starts_.push_back(snapshot);
 }
 
 void CrashTrial::step_heirs(bool moved, RowResult& result) {
