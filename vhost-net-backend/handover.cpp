@@ -19,8 +19,9 @@ namespace tandem {
 
 namespace {
 
-// An heir that asked looks this long without sleeping: an owner that polls answers within a burst.
-constexpr std::uint64_t kAskSpinMicroseconds = 200;
+// An heir that asked looks this long without sleeping: an owner that polls answers within a burst. Longer would only
+// keep an owner from a CPU that it shares with us.
+constexpr std::uint64_t kAskSpinMicroseconds = 50;
 // Then it sleeps; an owner that has not let go by now will not be waited for.
 constexpr std::uint64_t kAskLimitNs = 200'000'000;
 // A former owner leaves the shard to its heir at least this long, however small the hang limits are.
