@@ -3,7 +3,9 @@
 // side between request and takeover.
 #include <sys/eventfd.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
+#include <cstdio>
 
 #include "tests/vhost-net-backend/bench.hpp"
 #include "tests/vhost-net-backend/running_shard.hpp"
@@ -244,6 +246,7 @@ TEST_CASE("running threads change places under traffic") {
     RunningShard *owner = &one, *heir = &two;
     // A heir that gets no CPU in time is refused, and asks again: time decides how often, never what arrives.
     int handovers = 0;
+    std::vector<std::uint64_t> gaps;
     for (std::uint32_t packets = 50; handovers < 100; packets += 50) {
       heir->post(HandOverCommand{});
       REQUIRE(exchange(world, flows, packets));
@@ -253,14 +256,21 @@ TEST_CASE("running threads change places under traffic") {
         const auto said = heir->take_events();
         refused = !only<NotHandedOverEvent>(said).empty();
         // What it took back itself, as owner, it had reported before.
-        for (const TookOverEvent& event : only<TookOverEvent>(said))
-          taken = taken || event.timeline.kind == TakeoverKind::kHandover;
+        for (const TookOverEvent& event : only<TookOverEvent>(said)) {
+          if (event.timeline.kind != TakeoverKind::kHandover) continue;
+          taken = true;
+          gaps.push_back(event.timeline.replayed_ns - event.timeline.requested_ns);
+        }
       }
       if (refused) continue;
       ++handovers;
       std::swap(owner, heir);
     }
     REQUIRE(exchange(world, flows, flows.from_guest + 50));
+    std::sort(gaps.begin(), gaps.end());
+    std::printf("%s: request to first poll: median %.1f us, least %.1f us\n",
+                polling == Polling::kAlways ? "always polling" : "adaptive",
+                static_cast<double>(gaps[gaps.size() / 2]) / 1000, static_cast<double>(gaps[0]) / 1000);
     one.stop();
     two.stop();
     CHECK(flows.uplink.finish(flows.uplink.arrived()).clean());
