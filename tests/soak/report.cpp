@@ -12,7 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::size_t kMostTexts = 50;
+constexpr std::size_t kMostTexts = 50, kMostOutliers = 10;
 
 json harm_json(const Load::Count& harm) {
   return {{"lost", harm.tally.lost},
@@ -54,14 +54,18 @@ void SoakReport::add_to(Row& row, const Kill& kill) {
   ++row.count;
   row.gap.add(kill.gap_ns);
   row.control.add(kill.control_ns);
+  row.pause.add(kill.pause_ns);
   row.harm.tally += kill.harm.tally;
   row.harm.ring_errors += kill.harm.ring_errors;
   row.unexpected += !kill.unexpected.empty();
   bool replayed = false;
   for (const json& incident : kill.incidents) {
-    // From the owner's last sign of life until its heir is awake; one that slept gave none, and counts from its death.
+    // Until the heir is awake: from the signal; else from the owner's last sign of life; one that slept gave none, and
+    // counts from its death.
     const bool asleep = incident.value("owner_state", "") == "asleep";
-    row.detection.add(stage(incident, "heir_awake") - (asleep ? 0 : stage(incident, "last_heartbeat")));
+    std::int64_t from = asleep ? 0 : stage(incident, "last_heartbeat");
+    if (kill.struck_ns != 0) from = kill.struck_ns - incident.value("fence_time_ns", std::int64_t{0});
+    row.detection.add(stage(incident, "heir_awake") - from);
     row.takeover.add(stage(incident, "replayed") - stage(incident, "heir_awake"));
     replayed = replayed || incident["replayed"].value("armed", false);
   }
@@ -71,6 +75,13 @@ void SoakReport::add_to(Row& row, const Kill& kill) {
 void SoakReport::add(const Kill& kill) {
   add_to(rows_[kill.cause], kill);
   add_to(all_, kill);
+  outliers_.emplace(kill.gap_ns, json{{"kill", all_.count},
+                                      {"cause", kill.cause},
+                                      {"gap_us", kill.gap_ns / 1000},
+                                      {"control_us", kill.control_ns / 1000},
+                                      {"pause_us", kill.pause_ns / 1000},
+                                      {"incidents", kill.incidents}});
+  if (outliers_.size() > kMostOutliers) outliers_.erase(outliers_.begin());
   if (!kill.unexpected.empty() && unexpected_.size() < kMostTexts)
     unexpected_.push_back("kill " + std::to_string(all_.count) + ", " + kill.cause + ": " + kill.unexpected);
 }
@@ -89,6 +100,7 @@ json SoakReport::row_json(const Row& row) {
   out["takeover_us"] = row.takeover.to_json();
   out["gap_us"] = row.gap.to_json();
   out["control_us"] = row.control.to_json();
+  out["pause_us"] = row.pause.to_json();
   return out;
 }
 
@@ -108,13 +120,11 @@ json SoakReport::to_json() const {
   total["frames_per_second"] = totals_.seconds > 0 ? static_cast<double>(totals_.count.arrived) / totals_.seconds : 0.0;
   total["kills_per_minute"] =
       totals_.kill_seconds > 0 ? 60 * static_cast<double>(all_.count) / totals_.kill_seconds : 0.0;
-  return {{"causes", std::move(causes)},
-          {"total", std::move(total)},
-          {"skipped", skipped_},
-          {"unexpected", unexpected_},
-          {"left_behind", totals_.left_behind},
-          {"complete", totals_.complete},
-          {"clean", clean()}};
+  json longest = json::array();
+  for (auto outlier = outliers_.rbegin(); outlier != outliers_.rend(); ++outlier) longest.push_back(outlier->second);
+  return {{"longest_gaps", std::move(longest)}, {"stalls", totals_.stalls},     {"causes", std::move(causes)},
+          {"total", std::move(total)},          {"skipped", skipped_},          {"unexpected", unexpected_},
+          {"left_behind", totals_.left_behind}, {"complete", totals_.complete}, {"clean", clean()}};
 }
 
 void SoakReport::print() const {
@@ -131,6 +141,7 @@ void SoakReport::print() const {
   for (const auto& [cause, row] : rows_) print_row(cause, row, row.harm);
   for (const auto& [cause, reason] : skipped_) std::printf("%-22s skipped: %s\n", cause.c_str(), reason.c_str());
   print_row("total", all_, totals_.count);
+  for (const std::string& text : totals_.stalls) std::printf("stalled: %s\n", text.c_str());
   for (const std::string& text : unexpected_) std::printf("unexpected: %s\n", text.c_str());
   const json total = to_json()["total"];
   std::printf(

@@ -30,9 +30,11 @@ class Samples {
 /// One kill.
 struct Kill {
   std::string cause;
-  std::int64_t gap_ns = 0;                ///< longest silence of any flow in the stretch around it
-  std::int64_t control_ns = 0;            ///< the same in an equally long stretch without a kill
-  Load::Count harm;                       ///< what the books of all flows show more than before it
+  std::int64_t gap_ns = 0;      ///< longest silence of any flow in the stretch around it
+  std::int64_t control_ns = 0;  ///< the same in an equally long stretch without a kill
+  std::int64_t pause_ns = 0;    ///< longest time in the first stretch in which the traffic thread itself got no CPU
+  std::int64_t struck_ns = 0;   ///< CLOCK_MONOTONIC, just before a signal was sent; 0: it was no signal
+  Load::Count harm;             ///< what the books of all flows show more than before it
   std::vector<nlohmann::json> incidents;  ///< one of each shard
   std::string unexpected;                 ///< what differs from what such a death must look like; empty if nothing
 };
@@ -46,6 +48,7 @@ class SoakReport {
     Load::Count count;
     std::uint64_t overflow = 0;           ///< frames that found a ring or queue on the way full, and never entered
     std::uint64_t unasked_failovers = 0;  ///< incidents without a kill: hang verdicts on an owner nobody had touched
+    std::vector<std::string> stalls;      ///< in words
     double seconds = 0, kill_seconds = 0;
     bool complete = false;
     std::string left_behind;
@@ -60,7 +63,7 @@ class SoakReport {
  private:
   struct Row {
     std::uint64_t count = 0, replayed = 0, unexpected = 0;
-    Samples detection, takeover, gap, control;
+    Samples detection, takeover, gap, control, pause;
     Load::Count harm;
   };
   static nlohmann::json row_json(const Row& row);
@@ -70,6 +73,7 @@ class SoakReport {
   Row all_;
   std::map<std::string, std::string> skipped_;
   std::vector<std::string> unexpected_;
+  std::multimap<std::int64_t, nlohmann::json> outliers_;  // the longest gaps, with all that is known of them
   Totals totals_;
 };
 

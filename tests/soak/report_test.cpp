@@ -52,6 +52,7 @@ TEST_CASE("a run without harm is clean, by cause and in all") {
   CHECK(figures["causes"].size() == 2);
   CHECK(figures["causes"]["exit"]["count"] == 1);
   CHECK(figures["causes"]["exit"]["detection_us"]["median"] == 21.0);
+  CHECK(figures["longest_gaps"].size() == 2);
   CHECK(figures["causes"]["exit"]["takeover_us"]["max"] == 5.0);
   CHECK(figures["total"]["gap_us"]["p99"] == 100.0);
   CHECK(figures["total"]["replayed"] == 2);

@@ -140,7 +140,6 @@ Kill Soak::kill_once(const Cause& cause) {
   Kill kill;
   kill.cause = cause.name;
   // A false hang verdict may have come in between: the one to kill is whoever owns now.
-  const json pair = host_.pair();
   const pid_t victim = host_.active(), heir = host_.standby();
   const Load::Count before = load_->count();
   pass(std::chrono::microseconds(
@@ -148,10 +147,13 @@ Kill Soak::kill_once(const Cause& cause) {
 
   const auto struck = Clock::now();
   load_->begin_stretch();
+  if (cause.means == Means::kSignal) kill.struck_ns = std::chrono::nanoseconds(struck.time_since_epoch()).count();
   kill.unexpected = strike(cause, victim);
   kill.incidents = incidents_of(victim);
   if (const auto since = Clock::now() - struck; since < kShortestStretch) pass(kShortestStretch - since);
-  kill.gap_ns = load_->end_stretch().count();
+  const Load::Stretch around = load_->end_stretch();
+  kill.gap_ns = around.silence.count();
+  kill.pause_ns = around.pause.count();
   const auto stretch = Clock::now() - struck;
   if (cgroup_) {
     for (const auto& guest : guests_) guest->return_pages(false);
@@ -167,7 +169,7 @@ Kill Soak::kill_once(const Cause& cause) {
 
   load_->begin_stretch();
   pass(stretch);
-  kill.control_ns = load_->end_stretch().count();
+  kill.control_ns = load_->end_stretch().silence.count();
   kill.harm = load_->count() - before;
   return kill;
 }
@@ -220,6 +222,7 @@ void Soak::run(SoakReport& report) {
   totals.count = load_->stop();
   totals.seconds = seconds_since(begun);
   totals.unasked_failovers = unasked_;
+  totals.stalls = load_->stall_texts();
   load_.reset();
   guests_.clear();
   memory_.reset();

@@ -15,6 +15,7 @@ namespace {
 constexpr std::uint64_t kBurst = 32;
 constexpr long kNapNs = 20'000;
 constexpr std::uint16_t kFlowsOfGuest = 64, kFirstInward = 32;
+constexpr std::size_t kMostTexts = 20;
 constexpr std::size_t kNoFlow = ~std::size_t{0};
 
 std::int64_t now_ns() {
@@ -102,14 +103,20 @@ Tally Load::tally_of(std::size_t guest) const {
 void Load::begin_stretch() {
   const std::lock_guard lock(mutex_);
   for (Flow& flow : flows_) flow.longest_ns = 0;
+  longest_pause_ns_ = 0;
 }
 
-std::chrono::nanoseconds Load::end_stretch() {
+Load::Stretch Load::end_stretch() {
   const std::lock_guard lock(mutex_);
   const std::int64_t now = now_ns();
   std::int64_t longest = 0;
   for (const Flow& flow : flows_) longest = std::max({longest, flow.longest_ns, now - flow.last_ns});
-  return std::chrono::nanoseconds(longest);
+  return {std::chrono::nanoseconds(longest), std::chrono::nanoseconds(std::max(longest_pause_ns_, now - round_ns_))};
+}
+
+std::vector<std::string> Load::stall_texts() const {
+  const std::lock_guard lock(mutex_);
+  return stall_texts_;
 }
 
 bool Load::all_arrived() const {
@@ -134,6 +141,9 @@ void Load::run() {
 std::size_t Load::round(bool send) {
   const std::lock_guard lock(mutex_);
   std::size_t moved = 0;
+  const std::int64_t begun = now_ns();
+  if (round_ns_ != 0) longest_pause_ns_ = std::max(longest_pause_ns_, begun - round_ns_);
+  round_ns_ = begun;
   for (std::size_t guest = 0; guest < guests_.size(); ++guest)
     for (std::uint32_t pair = 0; pair < guests_[guest]->queue_pairs(); ++pair) {
       const std::int64_t now = now_ns();
@@ -196,6 +206,11 @@ void Load::look_for_stalls(std::int64_t now) {
   const std::int64_t patience = std::chrono::nanoseconds(options_.patience).count();
   for (Flow& flow : flows_) {
     if (now - flow.last_ns < patience || flow.on_their_way() == 0) continue;
+    if (stall_texts_.size() < kMostTexts)
+      stall_texts_.push_back("flow " + std::to_string(flow.frames.flow()) + (flow.inward ? " in, " : " out, ") +
+                             std::to_string(flow.on_their_way()) + " on their way, last " +
+                             std::to_string((now - flow.last_ns) / 1'000'000) + " ms ago, at " + std::to_string(now) +
+                             " ns: " + guests_[flow.guest]->describe());
     flow.ledger.write_off(flow.sent);
     flow.longest_ns = std::max(flow.longest_ns, now - flow.last_ns);
     flow.last_ns = now;

@@ -60,8 +60,13 @@ class Load {
 
   /// From now on the longest silence is measured.
   void begin_stretch();
-  /// The longest silence of any flow since begin_stretch(), one that still lasts included.
-  std::chrono::nanoseconds end_stretch();
+  struct Stretch {
+    std::chrono::nanoseconds silence{0};  ///< the longest of any flow since begin_stretch(), one that lasts included
+    std::chrono::nanoseconds pause{0};    ///< the longest in which the traffic thread itself got nothing done
+  };
+  Stretch end_stretch();
+  /// The first flows that stalled, in words: which, and how the guest's rings stood then.
+  [[nodiscard]] std::vector<std::string> stall_texts() const;
 
  private:
   struct Flow {
@@ -97,6 +102,8 @@ class Load {
   std::vector<Flow> flows_;
   std::vector<std::size_t> flow_of_id_;  // index in flows_
   std::uint64_t stalls_ = 0;
+  std::vector<std::string> stall_texts_;
+  std::int64_t round_ns_ = 0, longest_pause_ns_ = 0;
   double allowance_ = 0;  // frames that the rate allows now
   std::int64_t allowance_ns_ = 0;
 };

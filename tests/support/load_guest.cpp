@@ -62,6 +62,20 @@ LoadGuest::LoadGuest(const std::string& socket, std::uint32_t queue_pairs)
   }
 }
 
+std::string LoadGuest::describe() {
+  std::string text;
+  for (const Pair& pair : pairs_)
+    for (const GuestQueue* queue : {&pair.receive, &pair.transmit}) {
+      const DriverQueue& ring = front_end_.queue(2 * pair.index + (queue == &pair.transmit ? 1 : 0));
+      std::uint16_t avail_event = 0;
+      std::memcpy(&avail_event, &ring.used->ring[kRingSize], sizeof avail_event);
+      text += (queue == &pair.receive ? "rx " : "tx ") + std::to_string(pair.index) + ": avail " +
+              std::to_string(queue->avail_index()) + ", used " + std::to_string(queue->used_index()) + ", taken " +
+              std::to_string(queue->used_taken()) + ", kick wanted at " + std::to_string(avail_event) + "; ";
+    }
+  return text;
+}
+
 void LoadGuest::kick(std::uint32_t vring) {
   const std::uint64_t one = 1;
   if (::write(front_end_.queue(vring).kick_fd, &one, sizeof one) != sizeof one) count_error();

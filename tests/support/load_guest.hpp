@@ -43,6 +43,8 @@ class LoadGuest {
   /// Used entries that named no chain of ours, impossible lengths, chains returned empty.
   [[nodiscard]] std::uint64_t ring_errors() const { return ring_errors_.load(std::memory_order_relaxed); }
   [[nodiscard]] ScriptedFrontEnd& front_end() { return front_end_; }
+  /// How the rings stand, in words.
+  [[nodiscard]] std::string describe();
   /// Guest address of a buffer.
   [[nodiscard]] static std::uint64_t slot_address(std::uint32_t vring, std::uint32_t slot);
 
