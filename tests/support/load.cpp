@@ -81,7 +81,7 @@ Load::Count Load::stop() {
 
 Load::Count Load::count() const {
   Count count;
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   for (const Flow& flow : flows_) {
     count.tally += flow.ledger.tally();
     (flow.inward ? count.sent_in : count.sent_out) += flow.sent;
@@ -94,20 +94,20 @@ Load::Count Load::count() const {
 
 Tally Load::tally_of(std::size_t guest) const {
   Tally tally;
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   for (const Flow& flow : flows_)
     if (flow.guest == guest) tally += flow.ledger.tally();
   return tally;
 }
 
 void Load::begin_stretch() {
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   for (Flow& flow : flows_) flow.longest_ns = 0;
   longest_pause_ns_ = 0;
 }
 
 Load::Stretch Load::end_stretch() {
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   const std::int64_t now = now_ns();
   std::int64_t longest = 0;
   for (const Flow& flow : flows_) longest = std::max({longest, flow.longest_ns, now - flow.last_ns});
@@ -115,12 +115,12 @@ Load::Stretch Load::end_stretch() {
 }
 
 std::vector<std::string> Load::stall_texts() const {
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   return stall_texts_;
 }
 
 bool Load::all_arrived() const {
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   return std::all_of(flows_.begin(), flows_.end(), [](const Flow& flow) { return flow.on_their_way() == 0; });
 }
 
@@ -139,7 +139,7 @@ void Load::run() {
 }
 
 std::size_t Load::round(bool send) {
-  const std::lock_guard lock(mutex_);
+  const auto locked = lock();
   std::size_t moved = 0;
   const std::int64_t begun = now_ns();
   if (round_ns_ != 0) longest_pause_ns_ = std::max(longest_pause_ns_, begun - round_ns_);

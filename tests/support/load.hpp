@@ -98,7 +98,13 @@ class Load {
   std::atomic<bool> sending_{false}, stop_{false};
   std::atomic<std::int64_t> drain_until_ns_{0};
 
-  mutable std::mutex mutex_;  // guards what follows; held by the traffic thread for a round at a time
+  // Guards what follows; held by the traffic thread for a round at a time. Whoever wants it takes `next_` first and
+  // gives that back once it has the other, or the traffic thread, which hardly ever lets go, would have it for ever.
+  mutable std::mutex next_, mutex_;
+  [[nodiscard]] std::unique_lock<std::mutex> lock() const {
+    const std::lock_guard turn(next_);
+    return std::unique_lock(mutex_);
+  }
   std::vector<Flow> flows_;
   std::vector<std::size_t> flow_of_id_;  // index in flows_
   std::uint64_t stalls_ = 0;
