@@ -394,6 +394,7 @@ void Shard::push_switch() {
 bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
+    if (pair.port->in_memory()) pair.port->play_kernel();
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
     if (pair.can_transmit()) worked |= transmit_burst(pair) != 0;
     if (pair.can_receive()) worked |= receive_burst(pair) != 0;
