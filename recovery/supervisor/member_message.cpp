@@ -37,12 +37,23 @@ Status check(const TakeoverBody& takeover, std::uint32_t shards) {
 }
 
 // The text goes to logs and terminals.
-Status check(ProblemBody& problem, std::uint32_t) {
-  char* const end = problem.text + sizeof problem.text - 1;
+template <std::size_t kSize>
+void make_printable(char (&text)[kSize]) {
+  char* const end = text + kSize - 1;
   *end = '\0';
   std::replace_if(
-      problem.text, std::find(problem.text, end, '\0'), [](char c) { return c < ' ' || c > '~'; }, '?');
+      text, std::find(text, end, '\0'), [](char c) { return c < ' ' || c > '~'; }, '?');
+}
+
+Status check(ProblemBody& problem, std::uint32_t) {
+  make_printable(problem.text);
   return {};
+}
+
+Status check(RefusalBody& refusal, std::uint32_t shards) {
+  make_printable(refusal.text);
+  if (refusal.shard < shards) return {};
+  return fail(ErrorKind::kInvalid, "it names shard " + std::to_string(refusal.shard) + " of " + std::to_string(shards));
 }
 
 template <class Body>
@@ -79,6 +90,8 @@ Result<MemberMessage> parse_member_message(std::span<const std::byte> bytes, std
     case ControlType::kTookOver:
     case ControlType::kFirstTransaction:
       return read<TakeoverBody>(header.type, body, shards);
+    case ControlType::kNotHandedOver:
+      return read<RefusalBody>(header.type, body, shards);
     case ControlType::kProblem:
       return read<ProblemBody>(header.type, body, shards);
     default:

@@ -19,8 +19,8 @@ namespace tandem {
 struct MemberMessage {
   ControlType type{};
   /// By type. kReady: ReadyBody; kHeld, kInForce, kDetached: DeviceBody; kTookOver, kFirstTransaction: TakeoverBody;
-  /// kProblem: ProblemBody.
-  std::variant<ReadyBody, DeviceBody, TakeoverBody, ProblemBody> body;
+  /// kNotHandedOver: RefusalBody; kProblem: ProblemBody.
+  std::variant<ReadyBody, DeviceBody, TakeoverBody, RefusalBody, ProblemBody> body;
 };
 
 /// `shards`: how many the pair has. kUnsupported: another control version; kInvalid: too short or too long, unknown

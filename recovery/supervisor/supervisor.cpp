@@ -28,8 +28,9 @@ using namespace std::chrono_literals;
 
 // A thread that waits for a CPU is starved, not hung; nobody waits longer than this without an alarm.
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
-// An incident is closed this long after its takeover even if no packet came.
+// An incident is closed this long after its takeover even if no packet came; that of a handover waits for nothing else.
 constexpr auto kIncidentOpen = 2s;
+constexpr auto kHandoverOpen = 200ms;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
@@ -211,8 +212,14 @@ Result<Pair*> Supervisor::pair_for(const std::string& name) {
 
 UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   UplinkConfig uplink;
-  uplink.kind = option.uplink.kind == UplinkOption::Kind::kBridge ? UplinkKind::kBridge : UplinkKind::kDev;
+  static const std::map<UplinkOption::Kind, UplinkKind> kKinds{{UplinkOption::Kind::kBridge, UplinkKind::kBridge},
+                                                               {UplinkOption::Kind::kDevice, UplinkKind::kDev},
+                                                               {UplinkOption::Kind::kSink, UplinkKind::kSink},
+                                                               {UplinkOption::Kind::kSource, UplinkKind::kSource},
+                                                               {UplinkOption::Kind::kLoopback, UplinkKind::kLoopback}};
+  uplink.kind = kKinds.at(option.uplink.kind);
   uplink.name = option.uplink.name;
+  uplink.frame_length = option.uplink.frame_length;
   uplink.mac = option.mac;
   uplink.queue_pairs = option.queues;
   uplink.instance = config_.instance;
@@ -243,8 +250,6 @@ Status Supervisor::try_provision(const DomainOption& domain, const NicOption& op
   if (const auto other = nics_.find(option.mac); other != nics_.end())
     return fail(ErrorKind::kInvalid, doing + ": this MAC is served already, for domain " + other->second.domain +
                                          "; give one of them another MAC");
-  if (option.uplink.kind == UplinkOption::Kind::kNull)
-    return fail(ErrorKind::kUnsupported, doing + ": the null uplink is not available; name a bridge= or a dev=");
   auto pair = pair_for(option.pair);
   if (!pair) return within(doing, std::move(pair.error()));
   Nic nic;
@@ -407,13 +412,14 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.timeline = timeline;
   incident.victim_pid = victim;
   incident.heir_pid = heir;
-  if (const auto exit = exits_.find(victim); exit != exits_.end()) {
+  if (const auto exit = exits_.find(victim); exit != exits_.end() && !incident.planned()) {
     incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
   const std::uint64_t id = incidents_->add(incident).id;
-  incident_limits_[id] = loop_.after(kIncidentOpen, [this, id] { close_incident(id); });
+  incident_limits_[id] =
+      loop_.after(incident.planned() ? kHandoverOpen : kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
 }
 
@@ -421,7 +427,7 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
   for (Incident& incident : incidents_->recent()) {
     if (incident.pair != pair.name() || incident.shard != shard || incident.timeline.epoch != timeline.epoch) continue;
     incident.timeline.first_transaction_ns = timeline.first_transaction_ns;
-    if (incident.reaped && !incident.closed) close_incident(incident.id);
+    if ((incident.reaped || incident.planned()) && !incident.closed) close_incident(incident.id);
   }
 }
 
@@ -430,7 +436,7 @@ void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   exits_[pid] = status;
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
-    if (incident.victim_pid != pid || incident.reaped) continue;
+    if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
     incident.reaped = status.known;
     incident.exit_signal = status.signal;
     incident.exit_status = status.status;
@@ -451,7 +457,7 @@ void Supervisor::on_state(Pair& pair) {
     if (found->second->state() != PairState::kStopped)
       for (auto& done : std::exchange(when_stopped_[name], {})) done();
     check_provisioning();
-    check_drills();
+    check_awaited();
   });
 }
 
@@ -461,8 +467,14 @@ void Supervisor::close_incident(std::uint64_t id) {
   if (incident == nullptr || incident->closed) return;
   incident->closed = true;
   save_incident(*incident);
-  log_failover(*incident);
-  soon_["drills"] = loop_.soon([this] { check_drills(); });
+  const auto& timeline = incident->timeline;
+  if (incident->planned())
+    spdlog::info("pair {}: {} {}: backend {} owns {} us after the request", incident->pair,
+                 timeline.kind == TakeoverKind::kHandover ? "handover" : "handover taken back:", id, incident->heir_pid,
+                 (timeline.replayed_ns - timeline.requested_ns) / 1000);
+  else
+    log_failover(*incident);
+  soon_["awaited"] = loop_.soon([this] { check_awaited(); });
 }
 
 void Supervisor::save_incident(const Incident& incident) {
@@ -595,6 +607,7 @@ void Supervisor::drop_connection(Nic& nic, const std::string& why) {
 
 // RARP (RFC 903) request for the guest's own address, as QEMU's announcement does: bridges learn where the MAC is now.
 void Supervisor::announce(const Nic& nic, const std::array<std::uint8_t, 6>& mac) {
+  if (nic.uplink->netdev().empty()) return;  // nobody is there to hear it
   std::array<std::uint8_t, 60> frame{};
   std::fill_n(frame.begin(), 6, std::uint8_t{0xff});
   std::copy(mac.begin(), mac.end(), frame.begin() + 6);

@@ -44,6 +44,9 @@ TEST_CASE("messages of a backend") {
   }
   for (const ControlType type : {ControlType::kTookOver, ControlType::kFirstTransaction})
     CHECK(parse_member_message(message(type, TakeoverBody{1, 0, {}}), kShards).has_value());
+  const auto refused = parse_member_message(message(ControlType::kNotHandedOver, RefusalBody{1, 0, "later\n"}), kShards);
+  REQUIRE(refused.has_value());
+  CHECK(std::get<RefusalBody>(refused->body).text == std::string("later?"));
   ProblemBody problem;
   std::memset(problem.text, 'x', sizeof problem.text);
   std::memcpy(problem.text, "\x1b[2J\n\xff", 6);
