@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/shard.hpp"
 
@@ -42,6 +43,7 @@ bool Shard::take_over() {
     timeline.last_heartbeat_ns = monotonic_ns() - static_cast<std::uint64_t>(std::max(age, 0.0));
   }
 
+  timeline.suspect = weigh_death(*config_.segment, config_.index, *config_.fence, {previous, timeline.verdict});
   adopt_generations();
   replay_record(timeline);
   TANDEM_PROBE(kTakeoverReplayed);
@@ -116,6 +118,13 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
   timeline.replayed_kind = static_cast<std::uint32_t>(record.kind);
   timeline.replayed_packets = record.frame_count;
   timeline.replayed_queue_pair = record.queue_pair;
+  if (record_is_poison(*config_.segment, record)) {
+    abandon_record(*pair);
+    say(ProblemEvent{0, "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
+                        "that burst may be lost or repeated, and queue pair " +
+                            std::to_string(record.queue_pair) + " is stopped in that direction"});
+    return;
+  }
   timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;
   if (timeline.record_valid == 0)
     say(ProblemEvent{0, "replay the dead owner's record: cursors or frames of queue pair " +

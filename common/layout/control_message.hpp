@@ -14,7 +14,7 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 1;
+inline constexpr std::uint16_t kControlVersion = 2;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
@@ -34,6 +34,7 @@ enum class ControlType : std::uint16_t {
   kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
   kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
+  kPoison = 107,    ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
 };
 
 struct ControlHeader {
@@ -102,6 +103,21 @@ struct ProblemBody {
   char text[248] = {};
 };
 
+/// Bytes of a poison packet that are passed on at the most.
+inline constexpr std::uint32_t kMaxPoisonBytes = 60 * 1024;
+
+struct PoisonBody {
+  std::uint32_t shard = 0;
+  std::uint32_t epoch = 0;  ///< of the owner that dropped it
+  std::uint32_t device = 0;
+  std::uint32_t queue_pair = 0;  ///< index in the segment
+  PacketPhase direction{};       ///< kTransmit or kReceive
+  std::uint32_t deaths = 0;
+  std::uint32_t length = 0;    ///< bytes of the packet, as far as its descriptors tell
+  std::uint32_t captured = 0;  ///< of them that could be read
+};
+
+static_assert(sizeof(PoisonBody) == 32);
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
 static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 16 && sizeof(DrillBody) == 8 &&
               sizeof(ProblemBody) == 256);

@@ -13,12 +13,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/layout/poison.hpp"
 #include "common/layout/redo_record.hpp"
 
 namespace tandem {
 
 inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
-inline constexpr std::uint32_t kSegmentVersion = 1;
+inline constexpr std::uint32_t kSegmentVersion = 2;
 inline constexpr std::uint32_t kMaxShards = 8;
 inline constexpr std::uint32_t kMaxDevices = 64;
 inline constexpr std::uint32_t kMaxQueuePairs = 256;
@@ -52,7 +53,8 @@ struct alignas(64) QueuePairState {
   /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its
   /// record is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
   std::atomic<std::uint64_t> generation;
-  std::uint64_t reserved[7];
+  Suspicion receive_suspicion, transmit_suspicion;
+  std::atomic<std::uint64_t> record_suspect;  ///< Suspect::word() of a record that kills whoever applies it
   VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
@@ -85,7 +87,9 @@ struct TakeoverTimeline {
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over
   HangVerdict verdict;        ///< kNone: it died by itself
-  std::uint32_t reserved;
+  /// What the dead owner had in hand, if it died by its own fault: PacketPhase | deaths on it so far << 8 | queue pair
+  /// << 16.
+  std::uint32_t suspect;
   std::uint64_t verdict_ns;
 };
 
@@ -102,6 +106,7 @@ struct alignas(64) ShardState {
   std::atomic<std::uint32_t> asleep;
   std::uint32_t reserved1;
   std::atomic<std::uint64_t> transactions;
+  std::atomic<std::uint64_t> in_hand;  ///< PacketCursor::word()
   alignas(64) TakeoverTimeline takeover;
   RedoRecord record;
 };
