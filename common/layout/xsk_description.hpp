@@ -9,17 +9,16 @@
 // Rules for whoever drives the rings (one owner at a time, each ring is single producer, single consumer):
 //  - Frames are named by their offset in the UMEM. RX frames are [0, rx_frames), TX frames
 //    [rx_frames, rx_frames + tx_frames), times frame_size. The maker has posted every RX frame on the fill ring.
-//  - A received descriptor's address points somewhere inside its frame: the frame is address & ~(frame_size - 1), and
-//  what
-//    goes back on the fill ring is that frame's start.
+//  - A received descriptor's address points somewhere inside its frame. The frame's start, address & ~(frame_size - 1),
+//    is what goes back on the fill ring.
 //  - No XDP_USE_NEED_WAKEUP: the flags word never says "no need". After publishing on TX call
 //    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends
 //    at most 32 frames, then EAGAIN: call again. EBUSY: the netdev dropped a frame (it completes all the same) or the
 //    queue is full; ENOBUFS: no memory or completion ring full; for both call again later. ENETDOWN, ENXIO: the uplink
 //    is down or gone, and the consumer will not move: stop calling until the supervisor says more. The fill ring needs
 //    no call.
-//  - The socket is readable in epoll when RX is not empty, and reports EPOLLERR (SO_ERROR is ENETDOWN) when its netdev
-//  went.
+//  - The socket is readable in epoll when RX is not empty. When its netdev went it reports EPOLLERR, and SO_ERROR is
+//    ENETDOWN.
 #pragma once
 
 #include <cstddef>

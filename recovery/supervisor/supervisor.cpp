@@ -18,6 +18,7 @@
 #include <filesystem>
 
 #include "recovery/fence/kernel_version.hpp"
+#include "recovery/supervisor/journal.hpp"
 
 namespace tandem {
 
@@ -460,10 +461,7 @@ void Supervisor::close_incident(std::uint64_t id) {
   if (incident == nullptr || incident->closed) return;
   incident->closed = true;
   save_incident(*incident);
-  const auto& timeline = incident->timeline;
-  spdlog::warn("pair {}: failover {} done: {}, heir {} took over {} us after the fence", incident->pair, id,
-               incident->cause(), incident->heir_pid,
-               timeline.fence_ns == 0 ? 0 : (timeline.replayed_ns - timeline.fence_ns) / 1000);
+  log_failover(*incident);
   soon_["drills"] = loop_.soon([this] { check_drills(); });
 }
 
