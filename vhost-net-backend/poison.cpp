@@ -157,9 +157,9 @@ void meet(QueuePair& pair, const Direction& direction, std::vector<PoisonPacket>
     return;
   }
   if (suspect.deaths < kPoisonDeaths) return;
-  direction.suspected.limit = std::min(std::max(*ahead, 1u), kBurstPackets);
-  direction.suspected.drop = *ahead == 0 && is_waiting(pair, direction.phase);
-  if (direction.suspected.drop && !direction.suspected.packet) capture(pair, direction, suspect);
+  direction.suspected.condemned = suspect.position;
+  if (*ahead == 0 && !direction.suspected.packet && is_waiting(pair, direction.phase))
+    capture(pair, direction, suspect);
 }
 
 bool has_suspects(const QueuePair& pair) {
@@ -175,12 +175,10 @@ std::atomic<std::uint64_t>* find_suspect(Segment& segment, std::uint32_t shard, 
   switch (cursor.phase) {
     case PacketPhase::kNone:
       return nullptr;
-    case PacketPhase::kTransmit: {
-      const auto ahead = static_cast<std::uint16_t>(cursor.position - pair.transmit.next_avail);
-      const bool same_start = cursor.position >> 16 == (pair.transmit.start_count & 0xffffu);
-      return same_start && ahead < kBurstPackets ? &pair.transmit_suspicion.suspect : nullptr;
-    }
-    case PacketPhase::kReceive:  // its ring may not be mapped yet; entries_ahead() looks
+    // Whether these are still to come is seen once their rings are bound: entries_ahead().
+    case PacketPhase::kTransmit:
+      return &pair.transmit_suspicion.suspect;
+    case PacketPhase::kReceive:
       return &pair.receive_suspicion.suspect;
     case PacketPhase::kApply:
       return record.arm.load(std::memory_order_acquire) != 0 && record.queue_pair == cursor.queue_pair &&

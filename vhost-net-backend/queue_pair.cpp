@@ -383,7 +383,7 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   VringCursors& vring = pair.state->transmit;
   const SplitQueue& queue = pair.transmit.queue;
   XskPort& port = *pair.port;
-  const std::uint32_t ready = std::min(available(*pair.memory, queue, vring), pair.transmit_suspect.limit);
+  const std::uint32_t ready = std::min(available(*pair.memory, queue, vring), kBurstPackets);
   if (ready == 0) return 0;
   drain_completions(pair);
   const std::uint32_t producer = port.tx.producer();
@@ -392,13 +392,19 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
-  const bool drop = pair.transmit_suspect.drop;
+  const Suspected& suspect = pair.transmit_suspect;
+  bool drop = false;
   std::uint32_t entries = 0;
-  for (; entries < ready && record.frame_count < room; ++entries) {
+  for (; entries < ready && !drop && record.frame_count < room; ++entries) {
     const std::uint32_t frame = frames.peek();
     if (frame == kTransmitFrames) break;
     const auto avail = static_cast<std::uint16_t>(vring.next_avail + entries);
-    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, avail));
+    const std::uint32_t position = transmit_position(pair, avail);
+    take_in_hand(pair, PacketPhase::kTransmit, position);
+    if (suspect.is_condemned(position)) [[unlikely]] {
+      drop = entries == 0 && suspect.packet;
+      if (!drop) break;
+    }
     const std::uint16_t head = queue.avail_head(avail);
     const std::uint64_t address = port.transmit_address(frame);
     ChainFault fault = ChainFault::kPoison;
@@ -416,7 +422,10 @@ std::uint32_t transmit_burst(QueuePair& pair) {
     record.bytes_after += length;
   }
   if (entries < ready) pair.transmit_pending = true;  // no frame or no room: the kernel has to finish some first
-  if (entries == 0) return 0;
+  if (entries == 0) {
+    let_go(pair);
+    return 0;
+  }
   if (pair.memory->faulted()) {
     let_go(pair);
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
@@ -443,7 +452,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
   VringCursors& vring = pair.state->receive;
   XskPort& port = *pair.port;
   const std::uint32_t consumer = port.rx.consumer();
-  const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), pair.receive_suspect.limit});
+  const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
   if (waiting == 0) return 0;
   const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
@@ -451,13 +460,18 @@ std::uint32_t receive_burst(QueuePair& pair) {
   vring.starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
-  const bool drop = pair.receive_suspect.drop;
+  const Suspected& suspect = pair.receive_suspect;
+  bool drop = false;
   std::uint32_t taken = 0;
   std::uint32_t heads = 0;
   {
     const WindowOpen window;
-    for (; taken < waiting; ++taken) {
+    for (; taken < waiting && !drop; ++taken) {
       take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
+      if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
+        drop = taken == 0 && suspect.packet;
+        if (!drop) break;
+      }
       const xdp_desc& descriptor = port.rx.at(consumer + taken);
       const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
       if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {

@@ -34,7 +34,7 @@ enum class ControlType : std::uint16_t {
   kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
   kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
-  kPoison = 107,    ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
+  kPoison = 108,    ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
 };
 
 struct ControlHeader {

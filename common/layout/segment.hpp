@@ -80,16 +80,17 @@ struct TakeoverTimeline {
   std::uint64_t epoch_ns;
   std::uint64_t replayed_ns;
   std::uint64_t first_transaction_ns;
-  std::uint32_t record_armed;   ///< 1 if a record was found armed
-  std::uint32_t record_valid;   ///< 1 if it passed validation and was replayed
+  /// What the dead owner had in hand, if it died by its own fault: PacketPhase | deaths on it so far << 8 | queue pair
+  /// << 16.
+  std::uint32_t suspect;
+  std::uint16_t record_armed;   ///< 1 if a record was found armed
+  std::uint16_t record_valid;   ///< 1 if it passed validation and was replayed
   std::uint32_t replayed_kind;  ///< RedoKind
   std::uint32_t replayed_packets;
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over
   HangVerdict verdict;        ///< kNone: it died by itself
-  /// What the dead owner had in hand, if it died by its own fault: PacketPhase | deaths on it so far << 8 | queue pair
-  /// << 16.
-  std::uint32_t suspect;
+  std::uint32_t reserved;
   std::uint64_t verdict_ns;
 };
 
