@@ -383,12 +383,27 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
     on_took_over(member, takeover);
   } else if (header.type == ControlType::kFirstTransaction && read_body(message, takeover)) {
     listener_.on_first_transaction(*this, takeover.shard, takeover.timeline);
+  } else if (header.type == ControlType::kPoison && on_poison(message)) {
   } else if (header.type == ControlType::kProblem && read_body(message, problem)) {
     problem.text[sizeof problem.text - 1] = '\0';
     spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(), problem.device, problem.text);
   } else {
     end(member, "it sent a malformed or unknown message (type " + std::to_string(static_cast<int>(header.type)) + ")");
   }
+}
+
+// False if it is malformed.
+bool Pair::on_poison(const ChannelMessage& message) {
+  PoisonBody poison;
+  constexpr std::size_t kFixed = sizeof(ControlHeader) + sizeof poison;
+  if (message.bytes.size() < kFixed) return false;
+  std::memcpy(&poison, message.bytes.data() + sizeof(ControlHeader), sizeof poison);
+  if (poison.captured > kMaxPoisonBytes || message.bytes.size() != kFixed + poison.captured ||
+      poison.shard >= config_.shards || poison.queue_pair >= kMaxQueuePairs ||
+      (poison.direction != PacketPhase::kTransmit && poison.direction != PacketPhase::kReceive))
+    return false;
+  listener_.on_poison(*this, poison, std::span(message.bytes).subspan(kFixed));
+  return true;
 }
 
 void Pair::on_ready(Member& member, const ReadyBody& ready) {

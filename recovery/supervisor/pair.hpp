@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -57,6 +58,9 @@ class Pair {
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                              pid_t heir) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
+    /// An owner dropped a packet because owners had died on it. The queue pair is one of the segment; `bytes` is what is
+    /// known of the packet.
+    virtual void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) = 0;
     /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
     virtual void on_member_change(Pair& pair, Member& member) = 0;
     virtual void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) = 0;
@@ -150,6 +154,7 @@ class Pair {
   void on_channel(pid_t pid);
   void on_exit(pid_t pid);
   void on_message(Member& member, const ChannelMessage& message);
+  bool on_poison(const ChannelMessage& message);
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
   void forget_watches(Member& member, bool owned);
