@@ -63,8 +63,8 @@ struct PoisonPacket {
 /// Loads what the segment suspects of this queue pair, when it is bound.
 void load_suspects(QueuePair& pair);
 /// Before and after a round of a queue pair with suspects: forgets those that have passed, condemns those that killed
-/// too often, so that a burst ends before them and then drops exactly one. Packets whose drop has been applied are added
-/// to `dropped`.
+/// too often, so that a burst ends before them and then drops exactly one. Packets whose drop has been applied are
+/// added to `dropped`.
 void meet_suspects(QueuePair& pair, std::vector<PoisonPacket>& dropped);
 
 }  // namespace tandem

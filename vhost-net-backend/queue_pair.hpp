@@ -29,8 +29,9 @@ struct PoisonPacket;
 /// Private half of a suspicion (poison.hpp): how the next bursts have to go about a packet that owners died on.
 struct Suspected {
   static constexpr std::uint64_t kNobody = ~std::uint64_t{0};
-  std::uint64_t condemned = kNobody;     ///< position of the packet that no burst may touch
-  std::shared_ptr<PoisonPacket> packet;  ///< once it is the next one: what is known of it. A burst may then drop it alone
+  std::uint64_t condemned = kNobody;  ///< position of the packet that no burst may touch
+  std::shared_ptr<PoisonPacket>
+      packet;  ///< once it is the next one: what is known of it. A burst may then drop it alone
 
   [[nodiscard]] bool is_condemned(std::uint32_t position) const { return position == condemned; }
 };

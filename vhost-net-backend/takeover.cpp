@@ -120,9 +120,10 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
   timeline.replayed_queue_pair = record.queue_pair;
   if (record_is_poison(*config_.segment, record)) {
     abandon_record(*pair);
-    say(ProblemEvent{0, "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
-                        "that burst may be lost or repeated, and queue pair " +
-                            std::to_string(record.queue_pair) + " is stopped in that direction"});
+    say(ProblemEvent{0,
+                     "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
+                     "that burst may be lost or repeated, and queue pair " +
+                         std::to_string(record.queue_pair) + " is stopped in that direction"});
     return;
   }
   timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Poison: which packet an owner has in hand, and which packets owners have died on (docs/fence.md, "Poison").
 //
-// Both live in the pair segment, so that they outlive successive owners. Each is one 64-bit word that is stored whole: a
-// thread may die between any two stores. The owner writes its cursor before it touches a packet; an heir that finds its
-// predecessor dead by its own fault counts that against the packet. What is found here after a death is hostile:
+// Both live in the pair segment, so that they outlive successive owners. Each is one 64-bit word that is stored whole:
+// a thread may die between any two stores. The owner writes its cursor before it touches a packet; an heir that finds
+// its predecessor dead by its own fault counts that against the packet. What is found here after a death is hostile:
 // vhost-net-backend/poison.cpp validates it.
 #pragma once
 

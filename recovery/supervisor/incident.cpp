@@ -67,8 +67,8 @@ nlohmann::json poison_json(const Incident& incident) {
 std::optional<SuspectView> decode_suspect(const TakeoverTimeline& timeline) {
   const SuspectView view{static_cast<PacketPhase>(timeline.suspect & 0xffu), timeline.suspect >> 8 & 0xffu,
                          timeline.suspect >> 16};
-  const bool known = view.phase == PacketPhase::kTransmit || view.phase == PacketPhase::kReceive ||
-                     view.phase == PacketPhase::kApply;
+  const bool known =
+      view.phase == PacketPhase::kTransmit || view.phase == PacketPhase::kReceive || view.phase == PacketPhase::kApply;
   return known && view.deaths > 0 && view.queue_pair < kMaxQueuePairs ? std::optional(view) : std::nullopt;
 }
 

@@ -50,7 +50,7 @@ struct Incident {
   std::string suspect_mac;           ///< whose packet the dead owner had in hand, if that killed it
   std::string parked_mac;            ///< NIC that was parked for it
   std::vector<PoisonRecord> poison;  ///< dropped by the heir
-  bool closed = false;  ///< nothing more will be added
+  bool closed = false;               ///< nothing more will be added
 
   /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw.
   [[nodiscard]] std::string cause() const;

@@ -58,8 +58,8 @@ class Pair {
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                              pid_t heir) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
-    /// An owner dropped a packet because owners had died on it. The queue pair is one of the segment; `bytes` is what is
-    /// known of the packet.
+    /// An owner dropped a packet because owners had died on it. The queue pair is one of the segment; `bytes` is what
+    /// is known of the packet.
     virtual void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) = 0;
     /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
     virtual void on_member_change(Pair& pair, Member& member) = 0;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What killed backends: blaming NICs, keeping poison packets, and NICs that are disabled until an operator enables them.
+// What killed backends: blaming NICs, keeping poison packets, and NICs that are disabled until an operator enables
+// them.
 //
 // A disabled NIC keeps its uplink and its place in the pair. Its description is emptied first; when no owner writes to
 // the guest any more, the vault closes QEMU's connection and its listening socket, and the guest sees its link down.
@@ -176,8 +177,7 @@ void Supervisor::on_nic_request(const nlohmann::json& request, const ControlServ
   }
   if (action != "disable") return answer(refusal("nic: the action must be disable or enable"));
   std::string reason = text_of(request, "reason");
-  if (!is_presentable(reason))
-    return answer(refusal("nic disable: the reason must be one line of at most 200 bytes"));
+  if (!is_presentable(reason)) return answer(refusal("nic disable: the reason must be one line of at most 200 bytes"));
   if (nic.releasing) return answer(refusal("nic disable: NIC " + mac + " is being released"));
   if (nic.disabled) return answer(refusal("nic disable: NIC " + mac + " is disabled already: " + nic.disabled->reason));
   if (reason.empty()) reason = "by an operator";

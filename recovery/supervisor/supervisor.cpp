@@ -232,8 +232,7 @@ Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
   if (!config_.socket_user.empty() && user == nullptr)
     return fail(ErrorKind::kInvalid, "there is no account \"" + config_.socket_user +
                                          "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
-  return listen_unix(nic_socket_path(mac), 0660,
-                     user == nullptr ? 0 : static_cast<int>(user->pw_uid),
+  return listen_unix(nic_socket_path(mac), 0660, user == nullptr ? 0 : static_cast<int>(user->pw_uid),
                      group == nullptr ? -1 : static_cast<int>(group->gr_gid));
 }
 

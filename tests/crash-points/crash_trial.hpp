@@ -35,6 +35,7 @@ class CrashTrial {
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
   void restart_driver(EngineWorld& world, ShardStepper& owner) const;
   void begin_burst();
+  void condemn_next();
   [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
   void step_owner(RowResult& result);
   /// `moved`: guest and kernel had gone on before the heir came.

@@ -23,6 +23,8 @@ const char* name(Situation situation) {
       return ", TX ring full";
     case Situation::kBadChain:
       return ", with a bad chain";
+    case Situation::kPoison:
+      return ", with a poison packet";
     case Situation::kRestart:
       return ", restart of the rings";
   }
@@ -69,9 +71,10 @@ std::vector<MatrixRow> matrix() {
                name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
     // One of each kind, so that every option occurs.
     row.quick =
-        situation == Situation::kPlain && event_index &&
-        (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
-                     : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 && mergeable == receive);
+        (situation == Situation::kPoison && burst == 2 && style == ChainStyle::kDirect && mergeable == receive) ||
+        (situation == Situation::kPlain && event_index &&
+         (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
+                      : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 && mergeable == receive));
     rows.push_back(row);
   };
   for (const bool receive : {false, true})
@@ -92,6 +95,8 @@ std::vector<MatrixRow> matrix() {
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
         add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
+        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
       }
   return rows;
 }

@@ -30,6 +30,7 @@ struct PairHostOptions {
   std::string backend;  ///< program; empty: tandem-backend of this build
   unsigned shards = 1;
   std::string polling = "adaptive";
+  std::string configuration;    ///< more tables for tandemd.toml
   unsigned outside_queues = 1;  ///< of the outside's cable: more spread its flows over the queues of a NIC
 };
 

@@ -132,8 +132,8 @@ static __always_inline int kills(int signal, const struct k_sigaction* action) {
   return !(task->signal->flags & SIGNAL_UNKILLABLE);
 }
 
-/* Whether the thread brought the signal upon itself: a fault (the kernel's codes are positive), or sent by its own process
- * (abort). A group's death is told to each thread as a SIGKILL without information. */
+/* Whether the thread brought the signal upon itself: a fault (the kernel's codes are positive), or sent by its own
+ * process (abort). A group's death is told to each thread as a SIGKILL without information. */
 static __always_inline __u32 own_doing(int signal, const struct kernel_siginfo* info) {
   if (signal == kSigKill || !info) return 0;
   if (info->si_code > 0) return 1;
