@@ -86,6 +86,28 @@ TEST_CASE("each cause of death is marked with cause, signal and tid") {
   }
 }
 
+TEST_CASE("a fault's signal that somebody else sent is not the thread's own doing") {
+  SKIP_UNLESS_FENCE();
+  Fence fence = load_fence();
+  std::uint64_t tag = 200;
+  for (const int number : {SIGSEGV, SIGABRT, SIGFPE}) {
+    INFO(number);
+    Shared<Stage> stage;
+    Child victim([&] {
+      std::thread{[&] {
+        stage->tid = own_tid();
+        for (;;) ::pause();
+      }}.join();
+    });
+    REQUIRE(wait_until([&] { return stage->tid != 0; }));
+    REQUIRE_OK(fence.watch(stage->tid, ++tag, TANDEM_FENCE_NO_RING, victim.pid()));
+    REQUIRE(::syscall(SYS_tgkill, victim.pid(), stage->tid.load(), number) == 0);
+    REQUIRE(wait_until([&] { return fence.dead(tag); }));
+    CHECK(fence.read_slot(tag).signal == static_cast<std::uint32_t>(number));
+    CHECK(fence.read_slot(tag).own_doing == 0);
+  }
+}
+
 TEST_CASE("a single thread that leaves is marked, its siblings are not") {
   SKIP_UNLESS_FENCE();
   Fence fence = load_fence();

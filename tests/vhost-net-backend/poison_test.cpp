@@ -53,6 +53,7 @@ struct Stage {
   static WorldShape shape(std::uint64_t features, ChainStyle style) {
     WorldShape shape = small_world(features);
     shape.nic.transmit = style;
+    shape.nic.queue_size = 256;
     if (shape.nic.mergeable()) shape.nic.receive_slot_size = 64;
     return shape;
   }
