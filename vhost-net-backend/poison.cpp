@@ -220,6 +220,8 @@ std::uint32_t weigh_death(Segment& segment, std::uint32_t shard, const FenceView
   const bool again = suspect.deaths != 0 && suspect.position == cursor.position;
   suspect = {cursor.tag, again ? std::min(suspect.deaths + 1, 0xffu) : 1, cursor.position};
   word->store(suspect.word(), std::memory_order_relaxed);
+  std::atomic<std::uint64_t>& kills = segment.queue_pairs[cursor.queue_pair].kills;
+  kills.store(kills.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   return static_cast<std::uint32_t>(cursor.phase) | suspect.deaths << 8 | cursor.queue_pair << 16;
 }
 

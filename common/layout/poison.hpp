@@ -63,10 +63,10 @@ struct Suspect {
 /// Of one direction of a queue pair; in QueuePairState, written by the shard's owner only.
 struct Suspicion {
   std::atomic<std::uint64_t> suspect;  ///< Suspect::word()
-  std::uint64_t poisoned;              ///< packets dropped because they killed; each also counts in `dropped`
-  std::uint64_t poisoned_after;        ///< `poisoned` once the drop that is being staged or armed is applied
+  std::uint32_t poisoned;              ///< packets dropped because they killed; each also counts in `dropped`
+  std::uint32_t poisoned_after;        ///< `poisoned` once the drop that is being staged or armed is applied
 };
 
-static_assert(sizeof(Suspicion) == 24);
+static_assert(sizeof(Suspicion) == 16);
 
 }  // namespace tandem

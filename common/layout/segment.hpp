@@ -55,6 +55,8 @@ struct alignas(64) QueuePairState {
   std::atomic<std::uint64_t> generation;
   Suspicion receive_suspicion, transmit_suspicion;
   std::atomic<std::uint64_t> record_suspect;  ///< Suspect::word() of a record that kills whoever applies it
+  std::atomic<std::uint64_t> kills;           ///< owners that died, by their own fault, on what came through this pair
+  std::uint64_t reserved;
   VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };

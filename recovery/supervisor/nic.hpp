@@ -53,7 +53,8 @@ struct Nic {
   bool releasing = false;
   std::optional<Disabled> disabled;
   std::vector<ControlServer::Answer> when_disabled;
-  std::deque<std::uint64_t> kills;  ///< CLOCK_MONOTONIC ns of deaths that its packets are to blame for; the last ones
+  std::uint64_t kills_seen = 0;     ///< sum of QueuePairState::kills when it was last looked at
+  std::deque<std::uint64_t> kills;  ///< CLOCK_MONOTONIC ns when more were found; the last ones
   std::vector<std::function<void()>> when_released;
 };
 

@@ -19,6 +19,7 @@ namespace tandem {
 namespace {
 
 constexpr std::size_t kLongestReason = 200;
+constexpr std::uint64_t kMostKillsAtOnce = 1000;  // as many as the configuration can ask for
 
 std::uint64_t now_ns() {
   timespec now{};
@@ -55,26 +56,51 @@ Nic* Supervisor::find_nic_of_queue_pair(const Pair& pair, std::uint32_t queue_pa
   return nullptr;
 }
 
-// Says in the incident whose packet the dead owner had in hand, and disables a NIC that has killed too often.
+// Says in the incident whose packet the dead owner had in hand.
 void Supervisor::blame(const Pair& pair, Incident& incident) {
   const auto suspect = decode_suspect(incident.timeline);
-  Nic* nic = suspect ? find_nic_of_queue_pair(pair, suspect->queue_pair) : nullptr;
-  if (nic == nullptr) return;
-  incident.suspect_mac = nic->option.mac;
+  const Nic* nic = suspect ? find_nic_of_queue_pair(pair, suspect->queue_pair) : nullptr;
+  if (nic != nullptr) incident.suspect_mac = nic->option.mac;
+}
+
+std::uint64_t Supervisor::kills_of(const Nic& nic) {
+  std::uint64_t sum = 0;
+  for (std::uint32_t i = 0; i < nic.option.queues; ++i)
+    sum += nic.pair->segment().queue_pairs[nic.first_queue_pair + i].kills.load(std::memory_order_relaxed);
+  return sum;
+}
+
+// Looks in the segment, because a backend that dies soon after its takeover never comes to report it. Disables NICs
+// that have killed too often.
+void Supervisor::count_kills(const Pair& pair) {
   const std::uint64_t now = now_ns();
   const std::uint64_t window = std::uint64_t{config_.parking_window_s} * 1'000'000'000u;
-  nic->kills.push_back(now);
-  while (now - nic->kills.front() > window) nic->kills.pop_front();
-  if (config_.parking_kills == 0 || nic->kills.size() < config_.parking_kills || nic->disabled) return;
-  const std::string reason = "its packets killed " + std::to_string(nic->kills.size()) + " backends within " +
-                             std::to_string(config_.parking_window_s) + " s";
-  incident.parked_mac = nic->option.mac;
-  // Not from inside the pair's own call.
-  soon_["park/" + nic->option.mac] = loop_.soon([this, mac = nic->option.mac, reason] {
-    const auto found = nics_.find(mac);
-    if (found != nics_.end() && !found->second.disabled && !found->second.releasing)
-      disable(found->second, {true, reason, wall_clock_ms()}, [](const nlohmann::json&) {});
-  });
+  for (auto& [mac, nic] : nics_) {
+    if (nic.pair != &pair) continue;
+    const std::uint64_t kills = kills_of(nic);
+    // A damaged counter may say anything.
+    const std::uint64_t more = std::min<std::uint64_t>(kills - std::exchange(nic.kills_seen, kills), kMostKillsAtOnce);
+    nic.kills.insert(nic.kills.end(), more, now);
+    while (!nic.kills.empty() && now - nic.kills.front() > window) nic.kills.pop_front();
+    if (more == 0 || config_.parking_kills == 0 || nic.kills.size() < config_.parking_kills || nic.disabled) continue;
+    const std::string reason = "its packets killed " + std::to_string(nic.kills.size()) + " backends within " +
+                               std::to_string(config_.parking_window_s) + " s";
+    // Not from inside the pair's own call.
+    soon_["park/" + mac] = loop_.soon([this, name = mac, reason] { park(name, reason); });
+  }
+}
+
+void Supervisor::park(const std::string& mac, const std::string& reason) {
+  const auto found = nics_.find(mac);
+  if (found == nics_.end() || found->second.disabled || found->second.releasing) return;
+  auto& recent = incidents_->recent();
+  const auto last = std::find_if(recent.rbegin(), recent.rend(),
+                                 [&](const Incident& incident) { return incident.pair == found->second.pair->name(); });
+  if (last != recent.rend()) {
+    last->parked_mac = mac;
+    save_incident(*last);
+  }
+  disable(found->second, {true, reason, wall_clock_ms()}, [](const nlohmann::json&) {});
 }
 
 void Supervisor::on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) {
@@ -112,6 +138,7 @@ void Supervisor::on_poison(Pair& pair, const PoisonBody& poison, std::span<const
                 record.file.empty() ? "its bytes could not be kept" : "it is in " + record.file);
   incident->poison.push_back(std::move(record));
   save_incident(*incident);
+  count_kills(pair);
 }
 
 // ---- disabled NICs ----

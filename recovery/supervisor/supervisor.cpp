@@ -420,6 +420,7 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   const std::uint64_t id = incidents_->add(incident).id;
   incident_limits_[id] = loop_.after(kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
+  count_kills(pair);
 }
 
 void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) {
@@ -433,6 +434,7 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
 void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   static_cast<void>(vault_->del("member/" + pair.name() + "/" + std::to_string(pid)));
   exits_[pid] = status;
+  count_kills(pair);
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
     if (incident.victim_pid != pid || incident.reaped) continue;

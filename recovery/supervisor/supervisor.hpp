@@ -91,6 +91,9 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   // parking.cpp: what killed backends, and NICs that are disabled for it
   Nic* find_nic_of_queue_pair(const Pair& pair, std::uint32_t queue_pair);
   void blame(const Pair& pair, Incident& incident);
+  static std::uint64_t kills_of(const Nic& nic);
+  void count_kills(const Pair& pair);
+  void park(const std::string& mac, const std::string& reason);
   void disable(Nic& nic, Disabled how, ControlServer::Answer done);
   void begin_disable(Nic& nic);
   void finish_disable(Nic& nic);

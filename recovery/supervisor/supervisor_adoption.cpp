@@ -248,6 +248,7 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   auto device = VhostUserDevice::restore(std::move(state));
   if (!device) return within(what, std::move(device.error()));
   nic.device.emplace(std::move(*device));
+  nic.kills_seen = kills_of(nic);
   nic.pair->adopt_device(nic.device_index, nic.first_queue_pair, std::move(descriptions), std::move(for_members));
   nics_.emplace(nic.option.mac, std::move(nic));
   return {};

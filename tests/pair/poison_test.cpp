@@ -24,7 +24,8 @@ std::string content(const std::string& path) {
 }
 
 // What one poisonous packet must have left behind: two deaths blamed on it, and its capture.
-void check_told(PairHost& host, const Frame& frame, bool receive, std::size_t incidents_before) {
+void check_told(PairHost& host, const Frame& frame, bool receive, std::size_t incidents_before, bool spin,
+                int epoch_before) {
   const json all = host.incidents();
   CAPTURE(all.dump(1));
   // On a busy host a spinning owner may be taken for a starved one, which is nobody's fault and one failover more.
@@ -33,11 +34,15 @@ void check_told(PairHost& host, const Frame& frame, bool receive, std::size_t in
     CHECK((all[n]["suspect"].is_object() || all[n]["hang"] == "starved"));
     if (all[n]["suspect"].is_object()) deaths.push_back(all[n]["suspect"]);
   }
-  REQUIRE(deaths.size() == 2);
+  // An heir that dies within microseconds of its takeover does not come to report it: the segment knows, the last one
+  // tells.
+  REQUIRE(!deaths.empty());
+  CHECK(deaths.back()["deaths"] == 2);
+  if (!spin) CHECK(host.pair()["epoch"] == epoch_before + 2);
   for (std::size_t death = 0; death < 2; ++death) {
     const json& suspect = deaths[death];
     CHECK(suspect["direction"] == (receive ? "receive" : "transmit"));
-    CHECK(suspect["deaths"] == death + 1);
+    CHECK(suspect["deaths"] == death + 3 - deaths.size());
     CHECK(suspect["mac"] == kMac);
   }
   REQUIRE(all.back()["poison"].size() == 1);
@@ -83,6 +88,7 @@ TEST_CASE("poison both ways and of every kind: two failovers each, the rest of t
         REQUIRE(traffic.pump_frames(50));
         REQUIRE(others.pump_frames(50));
         const std::size_t before = host.incidents().size();
+        const int epoch = host.pair()["epoch"];
         const Frame frame = poison_frame(receive, kMac, fault);
         if (receive)
           traffic.outside().send(frame);
@@ -94,7 +100,7 @@ TEST_CASE("poison both ways and of every kind: two failovers each, the rest of t
           return nic[receive ? "rx" : "tx"]["poisoned"] == dropped[receive ? 1 : 0] &&
                  host.pair()["state"] == "paired" && host.incidents().back()["poison"].size() == 1;
         }));
-        check_told(host, frame, receive, before);
+        check_told(host, frame, receive, before, fault == DrillFault::kSpin, epoch);
       }
     REQUIRE(traffic.pump_frames(50));
     REQUIRE(others.pump_frames(50));
