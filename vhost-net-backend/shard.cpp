@@ -405,6 +405,7 @@ void Shard::look_at_suspects(QueuePair& pair) {
 bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
+    if (pair.port->in_memory()) pair.port->play_kernel();
     const bool suspects = pair.has_suspects;
     if (suspects) [[unlikely]]
       look_at_suspects(pair);

@@ -69,8 +69,9 @@ std::string status_table(const nlohmann::json& status) {
       {"MAC", "Domain", "Pair", "Uplink", "Link", "RX packets", "TX packets", "Dropped", "Overflow", "Problem"}};
   for (const auto& nic : status.at("nics")) {
     const auto& uplink = nic["uplink"];
-    const std::string name =
-        uplink.contains("bridge") ? show(uplink["bridge"]) : show(uplink.value("dev", nlohmann::json()));
+    std::string name = "-";
+    for (const char* kind : {"bridge", "dev", "null"})
+      if (uplink.contains(kind)) name = show(uplink[kind]);
     std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
     std::string link = nic["connected"].get<bool>() ? "connected" : "waiting";
     if (const auto disabled = nic.value("disabled", nlohmann::json()); disabled.is_object()) {

@@ -71,6 +71,7 @@ Status Supervisor::save_nic(const Nic& nic) {
                     {"pair", nic.option.pair},
                     {"uplink_kind", static_cast<int>(nic.option.uplink.kind)},
                     {"uplink_name", nic.option.uplink.name},
+                    {"uplink_frame", nic.option.uplink.frame_length},
                     {"spin_ns", nic.option.watchdog.spin.count()},
                     {"blocked_ns", nic.option.watchdog.blocked.count()},
                     {"queues", nic.option.queues},
@@ -203,6 +204,7 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   nic.option.pair = record.at("pair").get<std::string>();
   nic.option.uplink.kind = static_cast<UplinkOption::Kind>(record.at("uplink_kind").get<int>());
   nic.option.uplink.name = record.at("uplink_name").get<std::string>();
+  nic.option.uplink.frame_length = record.at("uplink_frame").get<std::uint32_t>();
   nic.option.watchdog.spin = std::chrono::nanoseconds(record.at("spin_ns").get<std::int64_t>());
   nic.option.watchdog.blocked = std::chrono::nanoseconds(record.at("blocked_ns").get<std::int64_t>());
   nic.option.queues = record.at("queues").get<std::uint32_t>();

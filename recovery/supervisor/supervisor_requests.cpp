@@ -220,14 +220,15 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
   std::uint64_t overflow = 0;
   if (auto statistics = nic.uplink->statistics())
     for (const XskStatistics& queue : *statistics) overflow += queue.rx_dropped + queue.rx_ring_full;
-  const bool bridge = nic.option.uplink.kind == UplinkOption::Kind::kBridge;
+  const UplinkOption& option = nic.option.uplink;
+  const char* kind = option.is_null() ? "null" : option.kind == UplinkOption::Kind::kBridge ? "bridge" : "dev";
   std::uint32_t running = 0;
   for (std::uint32_t i = 0; i < 2 * nic.option.queues; ++i)
     running += (nic.device->description().vrings[i].flags & VringDescription::kRunning) != 0;
   return {{"mac", nic.option.mac},
           {"domain", nic.domain},
           {"pair", nic.pair->name()},
-          {"uplink", {{bridge ? "bridge" : "dev", nic.option.uplink.name}, {"device", nic.uplink->netdev()}}},
+          {"uplink", {{kind, option.name}, {"device", nic.uplink->netdev()}}},
           {"uplink_problem", nic.uplink_problem},
           {"connected", nic.connected},
           {"disabled", disabled_status(nic)},
