@@ -35,7 +35,7 @@ int print(const Options& options, const tandem::Result<json>& answer, std::strin
 
 std::string disabled_text(const json& answer) { return "NIC " + answer.value("mac", std::string{}) + " disabled\n"; }
 std::string enabled_text(const json& answer) { return "NIC " + answer.value("mac", std::string{}) + " enabled\n"; }
-std::string incident_of(const json& answer) { return tandem::incident_text(answer.at("incident")); }
+std::string incidents_of(const json& answer) { return tandem::incident_table(answer); }
 
 int host_validate(const Options& options) {
   bool failed = false;
@@ -89,15 +89,19 @@ int main(int argc, char** argv) {
   disable->alias("park");
   enable->alias("unpark");
   nic->require_subcommand(1);
+  auto* switchover =
+      app.add_subcommand("switchover", "let the standby take over from the active backend, which lives on");
   auto* validate = app.add_subcommand("host-validate", "check what this host has and lacks");
   auto* hook_command =
       app.add_subcommand("hook", "for libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, XML on stdin");
-  for (auto* command : {status, incidents, drill, disable, enable, validate})
+  for (auto* command : {status, incidents, drill, switchover, disable, enable, validate})
     command->add_flag("--json", options.json, "JSON instead of a table");
   std::string pair = "default";
   std::string fault = "segv";
   drill->add_option("--pair", pair, "pair to drill");
-  drill->add_option("--fault", fault, "how to fail")->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block"}));
+  switchover->add_option("--pair", pair, "pair to switch over");
+  drill->add_option("--fault", fault, "how to fail")
+      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit"}));
   std::string mac, reason;
   for (auto* command : {disable, enable}) command->add_option("mac", mac, "the NIC's MAC address")->required();
   disable->add_option("--reason", reason, "shown by status");
@@ -111,7 +115,10 @@ int main(int argc, char** argv) {
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "incidents"}}), tandem::incident_table);
   if (drill->parsed())
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "drill"}, {"pair", pair}, {"fault", fault}}),
-                 incident_of);
+                 incidents_of);
+  if (switchover->parsed())
+    return print(options, tandem::ask_tandemd(options.socket, {{"command", "switchover"}, {"pair", pair}}),
+                 incidents_of);
   if (disable->parsed())
     return print(options,
                  tandem::ask_tandemd(options.socket,
