@@ -161,7 +161,6 @@ class Pair {
   void on_channel(pid_t pid);
   void on_exit(pid_t pid);
   void on_message(Member& member, const ChannelMessage& message);
-  bool on_poison(const ChannelMessage& message);
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
   void on_not_handed_over(const std::string& why);
