@@ -60,7 +60,10 @@ Nic* Supervisor::find_nic_of_queue_pair(const Pair& pair, std::uint32_t queue_pa
 void Supervisor::blame(const Pair& pair, Incident& incident) {
   const auto suspect = decode_suspect(incident.timeline);
   const Nic* nic = suspect ? find_nic_of_queue_pair(pair, suspect->queue_pair) : nullptr;
-  if (nic != nullptr) incident.suspect_mac = nic->option.mac;
+  if (nic == nullptr) return;
+  incident.suspect_mac = nic->option.mac;
+  // Parked already, when its kills were found in the segment before this report came.
+  if (nic->disabled && nic->disabled->by_tandem) incident.parked_mac = nic->option.mac;
 }
 
 std::uint64_t Supervisor::kills_of(const Nic& nic) {

@@ -39,7 +39,7 @@ void check_told(PairHost& host, const Frame& frame, bool receive, std::size_t in
   REQUIRE(!deaths.empty());
   CHECK(deaths.back()["deaths"] == 2);
   if (!spin) CHECK(host.pair()["epoch"] == epoch_before + 2);
-  for (std::size_t death = 0; death < 2; ++death) {
+  for (std::size_t death = 0; death < deaths.size(); ++death) {
     const json& suspect = deaths[death];
     CHECK(suspect["direction"] == (receive ? "receive" : "transmit"));
     CHECK(suspect["deaths"] == death + 3 - deaths.size());
