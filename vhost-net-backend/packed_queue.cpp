@@ -41,8 +41,7 @@ Result<PackedQueue> PackedQueue::bind(const GuestMemory& memory, const VringDesc
   const auto avail = static_cast<std::uint16_t>(vring.base), used = static_cast<std::uint16_t>(vring.base >> 16);
   // Behind what was made available, and not by more than the ring holds: the front end may have taken the base from
   // another backend, which left chains without giving them back.
-  if (!queue.is_position(avail) || !queue.is_position(used) ||
-      (queue.in_two_rounds(avail) + 2 * vring.size - queue.in_two_rounds(used)) % (2 * vring.size) > vring.size)
+  if (!queue.is_position(avail) || !queue.is_position(used) || queue.distance(used, avail) > vring.size)
     return fail(ErrorKind::kInvalid, "bind packed virtqueue: base " + std::to_string(vring.base) +
                                          " is no pair of positions in a ring of " + std::to_string(vring.size));
   queue.view_ = reinterpret_cast<const vring_packed_desc*>(view);
@@ -110,8 +109,7 @@ bool PackedQueue::wants_call(std::uint16_t before, std::uint16_t after) const {
   if (flags != VRING_PACKED_EVENT_FLAG_DESC || !event_index_) return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
   const auto event = static_cast<std::uint16_t>(wish);
   if (!is_position(event)) return true;  // the guest's mistake costs it an interrupt
-  const std::uint32_t rounds = 2 * size_, from = in_two_rounds(before);
-  return (in_two_rounds(event) + rounds - from) % rounds < (in_two_rounds(after) + rounds - from) % rounds;
+  return distance(before, event) < distance(before, after);
 }
 
 }  // namespace tandem

@@ -54,6 +54,10 @@ class PackedQueue {
     return static_cast<std::uint16_t>(index < size_ ? index | (position & kWrap)
                                                     : (index - size_) | ((position & kWrap) ^ kWrap));
   }
+  /// Slots from one position to another, in the two rounds after which positions repeat.
+  [[nodiscard]] std::uint32_t distance(std::uint16_t from, std::uint16_t to) const {
+    return (in_two_rounds(to) + 2 * size_ - in_two_rounds(from)) % (2 * size_);
+  }
   /// Whether `position` is one: cursors come from a segment that a dying owner may have damaged.
   [[nodiscard]] bool is_position(std::uint16_t position) const { return index(position) < size_; }
   /// Whether `count` chains can have taken `slots` slots in one burst.

@@ -14,6 +14,7 @@
 
 #include "common/crc32c.hpp"
 #include "vhost-net-backend/descriptor_chain.hpp"
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 
 namespace tandem {
@@ -43,7 +44,7 @@ void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
   record.used_before = vring.next_used;
   record.queue_pair = pair.index;
   record.epoch = pair.epoch;
-  record.padding = 0;
+  record.poisoned = 0;
   record.generation = pair.generation;
   record.consumer_before = record.consumer_after = 0;
   record.packets_after = vring.packets;
@@ -72,6 +73,13 @@ void apply_cursors(const RedoRecord& record, VringCursors& vring) {
   vring.bytes = record.bytes_after;
   vring.dropped = record.dropped_after;
   TANDEM_PROBE(kCursorsAdvanced);
+}
+
+// The drop of a poison packet: its suspicion ends with it, also when an heir does it over.
+void apply_drop(const RedoRecord& record, Suspicion& suspicion) {
+  if (record.poisoned == 0) return;
+  suspicion.poisoned = suspicion.poisoned_after;
+  suspicion.suspect.store(0, std::memory_order_relaxed);
 }
 
 // In one store: the checksum reads it back in one load right afterwards, which would wait for several smaller stores.
@@ -106,6 +114,7 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
   }
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->transmit);
+  apply_drop(record, pair.state->transmit_suspicion);
 }
 
 template <class Queue>
@@ -126,6 +135,7 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
   port.rx.consume(record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->receive);
+  apply_drop(record, pair.state->receive_suspicion);
 }
 
 void call(const BoundQueue& bound) {
@@ -143,6 +153,12 @@ void call_if_wanted(const BoundQueue& bound, const Queue& queue, std::uint16_t b
 void count_transaction(ShardState& shard) {
   // One writer; a plain increment without a locked instruction.
   shard.transactions.store(shard.transactions.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+
+// Before arming a burst that drops a poison packet.
+void stage_drop(RedoRecord& record, Suspicion& suspicion) {
+  record.poisoned = 1;
+  suspicion.poisoned_after = suspicion.poisoned + 1;
 }
 
 // False, and the queue stopped, if what the guest has made available cannot be true, or its memory has gone.
@@ -391,15 +407,24 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
-  bool no_room = false, endless = false;
-  while (record.used_count < kBurstPackets && supply.has(at.position, at.slots)) {
+  const Suspected& suspect = pair.transmit_suspect;
+  bool no_room = false, endless = false, drop = false;
+  while (record.used_count < kBurstPackets && !drop && supply.has(at.position, at.slots)) {
     const std::uint32_t frame = frames.peek();
     no_room = frame == kTransmitFrames || record.frame_count >= room;
     if (no_room) break;
+    const std::uint32_t position = transmit_position(pair, at.position);
+    take_in_hand(pair, PacketPhase::kTransmit, position);
+    if (suspect.is_condemned(position)) [[unlikely]] {
+      drop = record.used_count == 0 && suspect.packet;
+      if (!drop) break;
+    }
     const std::uint64_t address = port.transmit_address(frame);
-    ChainFault fault = ChainFault::kNone;
+    ChainFault fault = ChainFault::kPoison;
     typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
-    const std::uint32_t length = gather(pair, chain, port.frame(address, port.description().frame_size), fault);
+    const std::uint32_t length =
+        drop ? 0 : gather(pair, chain, port.frame(address, port.description().frame_size), fault);
+    TANDEM_PROBE_PACKET(port.frame(address, length), length);
     endless = !chain.finish();
     if (endless) break;
     add_used(record, chain, 0);
@@ -414,14 +439,20 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     record.bytes_after += length;
   }
   if (no_room) pair.transmit_pending = true;  // the kernel has to finish some first
-  if (!may_go_on(pair, vring, endless, record.used_count != 0)) return 0;
+  if (!may_go_on(pair, vring, endless, record.used_count != 0)) {
+    let_go(pair);
+    return 0;
+  }
   record.producer_after = producer + record.frame_count;
   record.avail_after = at.position;
   record.used_after = queue.next(record.used_before, at.slots);
   pair.frame_hint = frames.hint();
+  if (drop) stage_drop(record, pair.state->transmit_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_transmit(pair, queue);
   disarm(pair);
+  let_go(pair);
   count_transaction(*pair.shard);
   call_if_wanted(pair.transmit, queue, record.used_before, record.used_after);
   pair.transmit_pending = !port.wake_transmit() || no_room;
@@ -438,32 +469,37 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   if (waiting == 0) return 0;
   const auto supply = queue.supply(vring.next_avail, vring.next_used);
   if (!usable<Queue>(*pair.memory, supply, vring)) return 0;
-  pair.receive_starved = false;
-  vring.starved = 0;
+  std::uint32_t starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
+  const Suspected& suspect = pair.receive_suspect;
   Progress at{vring.next_avail};
   std::uint32_t taken = 0;
-  bool endless = false;
+  bool endless = false, drop = false;
   {
     const WindowOpen window;
-    for (; taken < waiting; ++taken) {
+    for (; taken < waiting && !drop; ++taken) {
+      take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
+      if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
+        drop = taken == 0 && suspect.packet;
+        if (!drop) break;
+      }
       const xdp_desc& descriptor = port.rx.at(consumer + taken);
       const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
-      if (packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
-        ++record.dropped_after;  // the kernel does not do this; a damaged ring does
+      if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
+        ++record.dropped_after;  // poison; or the kernel does not do this, a damaged ring does
         if (port.is_receive_frame(descriptor.addr))
           record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
         continue;
       }
+      TANDEM_PROBE_PACKET(packet, descriptor.len);
       Progress after = at;
       const Placed placed = place(pair, queue, supply, packet, descriptor.len, after);
       endless = placed == Placed::kEndless;
       if (endless || placed == Placed::kNoRecordRoom) break;
       if (placed == Placed::kNoBuffers) {
-        pair.receive_starved = true;
         pair.starved_avail = after.position;
-        vring.starved = kStarvedMark | pair.starved_avail;
+        starved = kStarvedMark | pair.starved_avail;
         break;
       }
       at = after;
@@ -476,16 +512,25 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
       record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
     }
   }
-  if (!may_go_on(pair, vring, endless, taken != 0)) return 0;
+  // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
+  pair.receive_starved = starved != 0;
+  vring.starved = starved;
+  if (!may_go_on(pair, vring, endless, taken != 0)) {
+    let_go(pair);
+    return 0;
+  }
   record.consumer_before = consumer;
   record.consumer_after = consumer + taken;
   record.producer_before = port.fill.producer();
   record.producer_after = record.producer_before + record.frame_count;
   record.avail_after = at.position;
   record.used_after = queue.next(record.used_before, at.slots);
+  if (drop) stage_drop(record, pair.state->receive_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_receive(pair, queue);
   disarm(pair);
+  let_go(pair);
   count_transaction(*pair.shard);
   call_if_wanted(pair.receive, queue, record.used_before, record.used_after);
   TANDEM_PROBE(kNotified);
@@ -572,6 +617,7 @@ ReplayResult replay(QueuePair& pair) {
   const BoundQueue& bound = transmit ? pair.transmit : pair.receive;
   const bool fits = bound.queue.bound() && bound.queue.visit([&](const auto& queue) {
     if (!record_fits(pair, record, vring, queue)) return false;
+    take_in_hand(pair, PacketPhase::kApply, record.epoch);
     if (transmit)
       apply_transmit(pair, queue);
     else
@@ -580,6 +626,7 @@ ReplayResult replay(QueuePair& pair) {
   });
   if (!fits) vring.fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
   disarm(pair);
+  let_go(pair);
   return fits ? ReplayResult::kReplayed : ReplayResult::kInvalid;
 }
 

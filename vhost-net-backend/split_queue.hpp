@@ -50,6 +50,9 @@ class SplitQueue {
   [[nodiscard]] static std::uint16_t next(std::uint16_t position, std::uint32_t slots) {
     return static_cast<std::uint16_t>(position + slots);
   }
+  [[nodiscard]] static std::uint32_t distance(std::uint16_t from, std::uint16_t to) {
+    return static_cast<std::uint16_t>(to - from);
+  }
   [[nodiscard]] static bool is_position(std::uint16_t) { return true; }
   [[nodiscard]] bool is_extent(std::uint32_t count, std::uint32_t slots) const {
     return slots == count && slots <= size();

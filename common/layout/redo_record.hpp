@@ -51,8 +51,8 @@ struct alignas(64) RedoRecord {
   std::uint16_t used_before, used_after;    ///< VringCursors::next_used
   std::uint32_t queue_pair;                 ///< index in the segment
   std::uint32_t epoch;
-  std::uint32_t padding;
-  std::uint64_t generation;                       ///< of the device description the burst was staged under
+  std::uint32_t poisoned;    ///< 1: the burst is one packet, and drops it because owners died on it
+  std::uint64_t generation;  ///< of the device description the burst was staged under
   std::uint32_t consumer_before, consumer_after;  ///< receive: the RX ring's consumer
   std::uint32_t producer_before, producer_after;  ///< transmit: TX ring's producer; receive: fill ring's producer
   std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied

@@ -28,8 +28,9 @@ using namespace std::chrono_literals;
 
 // A thread that waits for a CPU is starved, not hung; nobody waits longer than this without an alarm.
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
-// An incident is closed this long after its takeover even if no packet came.
+// An incident is closed this long after its takeover even if no packet came; that of a handover waits for nothing else.
 constexpr auto kIncidentOpen = 2s;
+constexpr auto kHandoverOpen = 200ms;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
@@ -163,13 +164,14 @@ void Supervisor::find_new_vault() {
   }
   for (auto& [mac, nic] : nics_) {
     if (nic.releasing) continue;
-    nic.pending.reset();
+    if (!nic.disabled) nic.pending.reset();
     nic.connected = false;
     nic.device->disconnect();
     describe(nic);
     Status told = save_nic(nic);
     for (const SavedItem& item : nic.device->save())
       if (told) told = vault_->put(device_key(mac, item.item), item.bytes, item.fds);
+    if (nic.disabled) continue;
     auto socket = open_nic_socket(mac);
     if (told && socket) told = vault_->listen(mac, socket->get());
     if (!told || !socket)
@@ -226,6 +228,10 @@ UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   return uplink;
 }
 
+std::string Supervisor::nic_socket_path(const std::string& mac) const {
+  return config_.nic_socket_dir() + "/" + socket_name(mac);
+}
+
 // The socket that QEMU connects to; the account QEMU runs as owns it, so that nobody else connects.
 Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
   const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
@@ -233,8 +239,7 @@ Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
   if (!config_.socket_user.empty() && user == nullptr)
     return fail(ErrorKind::kInvalid, "there is no account \"" + config_.socket_user +
                                          "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
-  return listen_unix(config_.nic_socket_dir() + "/" + socket_name(mac), 0660,
-                     user == nullptr ? 0 : static_cast<int>(user->pw_uid),
+  return listen_unix(nic_socket_path(mac), 0660, user == nullptr ? 0 : static_cast<int>(user->pw_uid),
                      group == nullptr ? -1 : static_cast<int>(group->gr_gid));
 }
 
@@ -334,7 +339,7 @@ void Supervisor::release(const std::string& mac, std::function<void()> done) {
   nic.pending.reset();
   static_cast<void>(vault_->unlisten(mac));
   std::error_code ignored;
-  std::filesystem::remove(config_.nic_socket_dir() + "/" + socket_name(mac), ignored);
+  std::filesystem::remove(nic_socket_path(mac), ignored);
   nic.pair->detach(nic.device_index);
 }
 
@@ -411,30 +416,34 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.timeline = timeline;
   incident.victim_pid = victim;
   incident.heir_pid = heir;
-  if (const auto exit = exits_.find(victim); exit != exits_.end()) {
+  if (const auto exit = exits_.find(victim); exit != exits_.end() && !incident.planned()) {
     incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
+  blame(pair, incident);
   const std::uint64_t id = incidents_->add(incident).id;
-  incident_limits_[id] = loop_.after(kIncidentOpen, [this, id] { close_incident(id); });
+  incident_limits_[id] =
+      loop_.after(incident.planned() ? kHandoverOpen : kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
+  count_kills(pair);
 }
 
 void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) {
   for (Incident& incident : incidents_->recent()) {
     if (incident.pair != pair.name() || incident.shard != shard || incident.timeline.epoch != timeline.epoch) continue;
     incident.timeline.first_transaction_ns = timeline.first_transaction_ns;
-    if (incident.reaped && !incident.closed) close_incident(incident.id);
+    if ((incident.reaped || incident.planned()) && !incident.closed) close_incident(incident.id);
   }
 }
 
 void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   static_cast<void>(vault_->del("member/" + pair.name() + "/" + std::to_string(pid)));
   exits_[pid] = status;
+  count_kills(pair);
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
-    if (incident.victim_pid != pid || incident.reaped) continue;
+    if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
     incident.reaped = status.known;
     incident.exit_signal = status.signal;
     incident.exit_status = status.status;
@@ -455,7 +464,7 @@ void Supervisor::on_state(Pair& pair) {
     if (found->second->state() != PairState::kStopped)
       for (auto& done : std::exchange(when_stopped_[name], {})) done();
     check_provisioning();
-    check_drills();
+    check_awaited();
   });
 }
 
@@ -465,8 +474,14 @@ void Supervisor::close_incident(std::uint64_t id) {
   if (incident == nullptr || incident->closed) return;
   incident->closed = true;
   save_incident(*incident);
-  log_failover(*incident);
-  soon_["drills"] = loop_.soon([this] { check_drills(); });
+  const auto& timeline = incident->timeline;
+  if (incident->planned())
+    spdlog::info("pair {}: {} {}: backend {} owns {} us after the request", incident->pair,
+                 timeline.kind == TakeoverKind::kHandover ? "handover" : "handover taken back:", id, incident->heir_pid,
+                 (timeline.replayed_ns - timeline.requested_ns) / 1000);
+  else
+    log_failover(*incident);
+  soon_["awaited"] = loop_.soon([this] { check_awaited(); });
 }
 
 void Supervisor::save_incident(const Incident& incident) {
@@ -477,12 +492,13 @@ void Supervisor::save_incident(const Incident& incident) {
 
 void Supervisor::on_listening(const std::string& nic) {
   // One that a dead predecessor had begun to provide or to release.
-  if (!nics_.contains(nic)) static_cast<void>(vault_->unlisten(nic));
+  const auto found = nics_.find(nic);
+  if (found == nics_.end() || found->second.disabled) static_cast<void>(vault_->unlisten(nic));
 }
 
 void Supervisor::on_connected(const std::string& mac, std::uint64_t connection) {
   const auto found = nics_.find(mac);
-  if (found == nics_.end()) return;
+  if (found == nics_.end() || found->second.disabled) return;
   found->second.connected = true;
   found->second.connection = connection;
   spdlog::info("NIC {}: QEMU connected", mac);
@@ -492,7 +508,7 @@ void Supervisor::on_error(const std::string& text) { spdlog::error("tandem-vault
 
 void Supervisor::on_message(RelayedMessage message) {
   const auto found = nics_.find(message.nic);
-  if (found == nics_.end() || found->second.releasing) return;
+  if (found == nics_.end() || found->second.releasing || found->second.disabled) return;
   Nic& nic = found->second;
   if (nic.pending) {
     // The vault hands out one at a time; what comes again after its own restart is the one that waits already.
@@ -524,7 +540,7 @@ void Supervisor::on_disconnected(const std::string& mac, std::uint64_t, std::uin
     return;
   }
   Nic& nic = found->second;
-  if (nic.releasing) return;
+  if (nic.releasing || nic.disabled) return;
   spdlog::info("NIC {}: QEMU disconnected", mac);
   nic.connected = false;
   nic.device->disconnect();
@@ -579,6 +595,7 @@ void Supervisor::on_wait_limit(const std::string& mac) {
 void Supervisor::finish_request(Nic& nic) {
   PendingRequest pending = std::move(*nic.pending);
   nic.pending.reset();
+  if (pending.disable) return finish_disable(nic);
   std::vector<std::byte> reply;
   if (pending.outcome.reply) reply = std::move(*pending.outcome.reply);
   if (pending.outcome.vring_base_index) {
