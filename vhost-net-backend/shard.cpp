@@ -347,6 +347,7 @@ void Shard::watch_owner() {
       asleep_work_beat_ = beat;
     }
     view.asleep_work_ns = asleep_work_since_ns_ == 0 ? 0 : now - asleep_work_since_ns_;
+    if (view.asleep_work_ns > view.blocked_limit_ns) watchdog_->look(view);
   } else {
     asleep_work_since_ns_ = 0;
     const std::uint64_t limit = std::min(view.spin_limit_ns, view.blocked_limit_ns);
@@ -359,8 +360,8 @@ void Shard::watch_owner() {
   }
   const HangVerdict verdict = judge(view);
   if (verdict == HangVerdict::kNone) {
-    // Starved or nearly over a limit: ask again soon. A sleeper is asked at the heir's own period.
-    if (!view.marked_asleep) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
+    // Starved or nearly over a limit: ask again soon. A sleeper without work is asked at the heir's own period.
+    if (!view.marked_asleep || view.work_pending) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
     return;
   }
   // It may have gone on while we looked.

@@ -62,9 +62,13 @@ bool DeadManSwitch::drain() const {
 
 HangVerdict judge(const OwnerView& view) {
   if (view.passes_work_by) return HangVerdict::kNoProgress;
-  if (view.marked_asleep)
-    return view.work_pending && view.asleep_work_ns > view.blocked_limit_ns ? HangVerdict::kAsleepWithWork
-                                                                            : HangVerdict::kNone;
+  if (view.marked_asleep) {
+    if (!view.work_pending || view.state == '?' || view.state == 'Z' || view.state == 'X') return HangVerdict::kNone;
+    // Woken, and waits for a CPU.
+    if (view.state == 'R' && !view.uses_cpu)
+      return view.asleep_work_ns > kStarvedLimitNs ? HangVerdict::kStarved : HangVerdict::kNone;
+    return view.asleep_work_ns > view.blocked_limit_ns ? HangVerdict::kAsleepWithWork : HangVerdict::kNone;
+  }
   switch (view.state) {
     case 'R':
       if (view.uses_cpu) return view.still_ns > view.spin_limit_ns ? HangVerdict::kSpinning : HangVerdict::kNone;

@@ -42,6 +42,12 @@ OwnerView asleep(bool work, std::uint64_t work_ns, std::uint64_t still_ns) {
   return view;
 }
 
+OwnerView starved_awakening(std::uint64_t work_ns) {
+  OwnerView view = asleep(true, work_ns, work_ns);
+  view.state = 'R';
+  return view;
+}
+
 OwnerView passing_by() {
   OwnerView view = awake('?', 1000);
   view.passes_work_by = true;
@@ -68,6 +74,8 @@ TEST_CASE("verdicts by what is seen of the owner") {
       {"asleep and idle for an hour", asleep(false, 0, kHour), HangVerdict::kNone},
       {"asleep, work has just come", asleep(true, kBlocked, kHour), HangVerdict::kNone},
       {"asleep through work", asleep(true, kBlocked + 1, kHour), HangVerdict::kAsleepWithWork},
+      {"woken for work, waits for a CPU", starved_awakening(kStarvedLimitNs), HangVerdict::kNone},
+      {"woken for work, starved for too long", starved_awakening(kStarvedLimitNs + 1), HangVerdict::kStarved},
       {"beats and passes work by", passing_by(), HangVerdict::kNoProgress},
   };
   for (const Row& row : rows) {
