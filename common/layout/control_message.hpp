@@ -87,7 +87,8 @@ enum class DrillFault : std::uint32_t {
   kBusError = 3,  ///< a load beyond the end of a mapped file: SIGBUS
   kSpin = 4,      ///< an endless loop in the poll thread
   kBlock = 5,     ///< the poll thread sleeps without having said so
-  kLivelock = 6,  ///< the poll thread goes on beating and does no work
+  kExit = 6,      ///< the poll thread ends the process as exit() would
+  kLivelock = 7,  ///< the poll thread goes on beating and does no work
 };
 
 struct DrillBody {
