@@ -89,6 +89,7 @@ enum class DrillFault : std::uint32_t {
   kSpin = 4,      ///< an endless loop in the poll thread
   kBlock = 5,     ///< the poll thread sleeps without having said so
   kExit = 6,      ///< the poll thread ends the process as exit() would
+  kLivelock = 7,  ///< the poll thread goes on beating and does no work
 };
 
 struct DrillBody {

@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
   drill->add_option("--pair", pair, "pair to drill");
   switchover->add_option("--pair", pair, "pair to switch over");
   drill->add_option("--fault", fault, "how to fail")
-      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit"}));
+      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit", "livelock"}));
   std::string mac, reason;
   for (auto* command : {disable, enable}) command->add_option("mac", mac, "the NIC's MAC address")->required();
   disable->add_option("--reason", reason, "shown by status");

@@ -28,6 +28,11 @@ constexpr auto kStartLimit = 30s;
 constexpr auto kDetachLimit = 1s;
 // An heir reports sooner, whatever comes of it (handover.cpp): one that does not is hung.
 constexpr auto kHandoverLimit = 1s;
+// How often standbys are looked at, and how long one may not have looked for its owner itself (it does every 100 ms):
+// longer if it waits for a CPU.
+constexpr auto kHeirLook = 250ms;
+constexpr std::uint64_t kHeirLimitNs = 1'000'000'000;
+constexpr std::uint64_t kStarvedHeirLimitNs = 5'000'000'000;
 constexpr auto kLongestBackOff = 5s;
 
 std::uint64_t now_ns() {
@@ -175,6 +180,7 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
   // In the middle of a handover each may own some of the shards: then the heir's report decides.
   const bool owns = shards_owned(member) > 0 && owner() == nullptr;
   member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
+  member.heir_since_ns = now_ns();
   if (owns) owner_pid_ = pid;
 }
 
@@ -202,6 +208,7 @@ void Pair::resume() {
       if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
   }
   if (!armed) spawn_soon();
+  look_at_heirs();
   listener_.on_state(*this);
 }
 
@@ -290,6 +297,7 @@ void Pair::step(PairEvent event) {
       break;
     case PairAction::kKillAll:
       respawn_.reset();
+      heir_look_.reset();
       // Their deaths are no events for a pair that may be started again before they are reaped.
       for (Member& member : members_) {
         member.kill();
@@ -470,6 +478,36 @@ void Pair::arm(Member& member) {
   for (std::uint32_t i = 0; i < config_.shards; ++i)
     if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
+  member.heir_since_ns = now_ns();
+  look_at_heirs();
+}
+
+// Owners are watched by their heirs; who watches these is here.
+void Pair::look_at_heirs() {
+  heir_look_ = loop_.after(kHeirLook, [this] { look_at_heirs(); });
+  for (Member& member : members_) {
+    for (std::uint32_t i = 0; i < config_.shards && member.stage == Member::Stage::kArmed; ++i) look_at_heir(member, i);
+  }
+}
+
+void Pair::look_at_heir(Member& member, std::uint32_t shard) {
+  const ShardState& state = segment_->shards[shard];
+  if (owner_tag(state.owner.load(std::memory_order_acquire)) == member.tags[shard]) return;
+  const std::uint64_t now = now_ns();
+  const std::uint64_t last = std::max(state.heir_beat_ns.load(std::memory_order_relaxed), member.heir_since_ns);
+  if (now < last + kHeirLimitNs) return;
+  if (member.ended_as_hung_ns != 0) {
+    if (now > member.ended_as_hung_ns + kHeirLimitNs)
+      spdlog::critical("pair {}: standby {} is hung and does not die of SIGKILL: the pair has no standby until it does",
+                       name_, member.pid());
+    member.ended_as_hung_ns = now;
+    return;
+  }
+  const char thread = thread_state(member.pid(), member.threads[shard]);
+  if (thread == 'R' && now < last + kStarvedHeirLimitNs) return;
+  member.ended_as_hung_ns = now;
+  end(member, "it is standby and has not looked for its owner for " + std::to_string((now - last) / 1'000'000'000) +
+                  " s (state " + std::string(1, thread) + ")");
 }
 
 // Watch first, confirmed; then each one's death is to wake the other; then it may own. Its peer is told too: after a
@@ -531,6 +569,7 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
   for (Member& other : members_) {
     if (other.stage != Member::Stage::kOwner) continue;
     other.stage = fence_.dead(other.tags[0]) ? Member::Stage::kDead : Member::Stage::kArmed;
+    other.heir_since_ns = now_ns();
   }
   member.stage = Member::Stage::kOwner;
   owner_pid_ = member.pid();

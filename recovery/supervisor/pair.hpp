@@ -164,6 +164,8 @@ class Pair {
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
   void on_not_handed_over(const std::string& why);
+  void look_at_heirs();
+  void look_at_heir(Member& member, std::uint32_t shard);
   void forget_watches(Member& member, bool owned);
   void forget_dead_tags();
   void note_detached(std::uint32_t device, pid_t pid);
@@ -198,6 +200,7 @@ class Pair {
   unsigned early_deaths_ = 0;  // in a row, for the back-off
   EventLoop::Timer respawn_;
   EventLoop::Timer handover_limit_;
+  EventLoop::Timer heir_look_;
   std::string refusal_;                                 // why the last handover came to nothing
   std::map<std::uint32_t, EventLoop::Timer> detached_;  // reports on their way, by device
 };
