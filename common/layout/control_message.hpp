@@ -14,7 +14,7 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 1;
+inline constexpr std::uint16_t kControlVersion = 2;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
@@ -34,6 +34,7 @@ enum class ControlType : std::uint16_t {
   kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
   kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
+  kCannotAttach = 107,  ///< ProblemBody: an armed backend cannot map a new device's uplink; one not yet armed leaves
 };
 
 struct ControlHeader {

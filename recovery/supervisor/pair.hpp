@@ -54,6 +54,8 @@ class Pair {
     virtual ~Listener() = default;
     virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
+    /// A member that serves already cannot map what a new device needs, and goes on without it.
+    virtual void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) = 0;
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                              pid_t heir) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;

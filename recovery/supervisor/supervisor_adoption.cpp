@@ -18,6 +18,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "recovery/supervisor/probe.hpp"
 #include "recovery/supervisor/supervisor.hpp"
 
 namespace tandem {
@@ -63,9 +64,11 @@ void Supervisor::on_member_change(Pair& pair, Member& member) {
   if (auto put = vault_->put("member/" + pair.name() + "/" + std::to_string(member.pid()), as_blob(record.dump()), fds);
       !put)
     spdlog::error("pair {}: keep backend {} in the vault: {}", pair.name(), member.pid(), put.error().text);
+  TANDEM_SUPERVISOR_PROBE(kMemberKept);
 }
 
-Status Supervisor::save_nic(const Nic& nic) {
+// After the device's state: a NIC whose record is there is there as a whole.
+Status Supervisor::keep_nic(Nic& nic) {
   const UplinkRecord uplink = nic.uplink->record();
   const json record{{"mac", nic.option.mac},
                     {"pair", nic.option.pair},
@@ -97,8 +100,10 @@ Status Supervisor::save_nic(const Nic& nic) {
 Status Supervisor::take_over_from_predecessor() {
   auto items = vault_->fetch_all();
   if (!items) return within("read the vault", std::move(items.error()));
+  TANDEM_SUPERVISOR_PROBE(kItemsFetched);
   if (!items->empty()) {
     const Status adopted = adopt(*items);
+    TANDEM_SUPERVISOR_PROBE(kAdopted);
     if (adopted) return {};
     spdlog::error(
         "adopt what an earlier tandemd left: {}; removing it. Its guests' links stay down until they are started anew",
@@ -156,12 +161,34 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
     save(nic);
     describe(nic);  // its generation is new: our predecessor may have died before it told everyone of the last one
     watch_uplink(nic);
+    not_listening_.insert(mac);
     spdlog::info("NIC {} of domain {}: adopted", mac, nic.domain);
   }
+  sweep(items);
   std::vector<std::string> unused;
   for (const auto& [name, pair] : pairs_) unused.push_back(name);
   for (const std::string& name : unused) stop_pair_if_unused(name);
   return {};
+}
+
+// What a predecessor had begun to make, or to remove, and did not finish: no NIC's record names it.
+void Supervisor::sweep(const std::vector<VaultItem>& items) {
+  for (const VaultItem& item : items) {
+    const std::string rest = after_slash(item.key);
+    const std::string mac = rest.substr(0, rest.find('/'));
+    if ((item.key.starts_with("ports/") || item.key.starts_with("device/")) && !nics_.contains(mac))
+      static_cast<void>(vault_->del(item.key));
+  }
+  std::vector<std::string> in_use;
+  for (const auto& [mac, nic] : nics_) {
+    const UplinkRecord uplink = nic.uplink->record();
+    in_use.push_back(uplink.netdev);
+    if (!uplink.port.empty()) in_use.push_back(uplink.port);
+  }
+  const auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink", in_use);
+  if (!removed) spdlog::error("remove unfinished uplinks of a dead tandemd: {}", removed.error().text);
+  for (const std::string& what : removed ? *removed : std::vector<std::string>{})
+    spdlog::warn("removed {}, which a dead tandemd had not finished", what);
 }
 
 Status Supervisor::adopt_pairs(std::vector<VaultItem>& items) {
