@@ -7,6 +7,7 @@
 
 #include <systemd/sd-event.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -33,6 +34,8 @@ class TagSource {
   std::uint32_t next();
   /// A tag that a dead supervisor gave out and that may still be named.
   void adopt(std::uint32_t tag);
+  /// From here on only higher tags: a dead supervisor gave out these, and some are marked dead.
+  void begin_after(std::uint32_t tag) { last_ = std::max(last_, tag); }
   void retire(std::uint32_t tag);
 
  private:

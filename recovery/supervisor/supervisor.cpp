@@ -2,6 +2,7 @@
 // Start and end of tandemd, the vault it talks to, and what pairs report.
 #include "recovery/supervisor/supervisor.hpp"
 
+#include <poll.h>
 #include <spdlog/spdlog.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -20,6 +21,7 @@ using namespace std::chrono_literals;
 
 // An incident is closed this long after its takeover even if no packet came.
 constexpr auto kIncidentOpen = 2s;
+constexpr std::uint64_t kLockLimitNs = 1'000'000'000;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
@@ -76,6 +78,9 @@ Status Supervisor::prepare_directories() {
   const std::string path = config_.run_dir + "/tandemd.lock";
   lock_ = UniqueFd{::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)};
   if (!lock_) return fail_errno("open " + path);
+  // A predecessor that was just killed may still be on its way out.
+  const std::uint64_t deadline = now_ns() + kLockLimitNs;
+  while (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0 && now_ns() < deadline) ::poll(nullptr, 0, 10);
   if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0)
     return fail(ErrorKind::kInvalid, "lock " + path + ": another tandemd serves " + config_.run_dir +
                                          "; stop it first, or give this one another run_dir and instance");

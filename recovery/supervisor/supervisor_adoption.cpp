@@ -143,6 +143,7 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
   auto fence = Fence::adopt(config_.pin_dir);
   if (!fence) return tl::make_unexpected(std::move(fence.error()));
   fence_ = std::move(*fence);
+  tags_.begin_after(static_cast<std::uint32_t>(fence_->highest_tag()));
   try {
     if (auto adopted = adopt_pairs(items); !adopted) return adopted;
     for (VaultItem& item : items) {
