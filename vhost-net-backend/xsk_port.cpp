@@ -22,6 +22,16 @@ bool ring_is_sane(const XskRing& ring, std::uint64_t entry_size) {
          inside(ring.descriptors, ring.entries * entry_size);
 }
 
+bool memory_is_sane(const XskDescription& description) {
+  const bool source = (description.flags & XskDescription::kSource) != 0;
+  const bool loopback = (description.flags & XskDescription::kLoopback) != 0;
+  if ((description.flags & XskDescription::kInMemory) == 0) return !source && !loopback;
+  // Neither ring of a pair may overflow: each entry that is taken from one is put on the other.
+  return description.rx.entries >= description.rx_frames && description.completion.entries >= description.tx.entries &&
+         description.max_packet <= description.frame_size - kXskKernelHeadroom && !(source && loopback) &&
+         (!source || (description.source_length > 0 && description.source_length <= description.max_packet));
+}
+
 }  // namespace
 
 Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description, UniqueFd socket, UniqueFd umem,
@@ -31,7 +41,8 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
       !ring_is_sane(description.completion, 8) || description.frame_size < 2048 ||
       (description.frame_size & (description.frame_size - 1)) != 0 || description.max_packet > description.frame_size ||
       description.tx_frames % 64 != 0 || description.tx_frames == 0 || description.tx_frames > kTransmitFrames ||
-      std::uint64_t{description.rx_frames + description.tx_frames} * description.frame_size != description.umem_size)
+      std::uint64_t{description.rx_frames + description.tx_frames} * description.frame_size != description.umem_size ||
+      !memory_is_sane(description))
     return fail(ErrorKind::kInvalid,
                 "map " + what + ": the socket's description is inconsistent or of another version");
   std::unique_ptr<XskPort> port{new XskPort};
@@ -57,7 +68,7 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
   port->completion = {port->maps_[3].data(), description.completion};
   port->frames_ = port->maps_[4].data();
   port->umem_size_ = description.umem_size;
-  port->socket_ = std::move(socket);
+  (port->in_memory() ? port->rings_ : port->socket_) = std::move(socket);
   port->umem_ = std::move(umem);
   return port;
 }
@@ -75,6 +86,10 @@ std::unique_ptr<XskPort> XskPort::over_memory(const XskDescription& description,
 }
 
 bool XskPort::wake_transmit() const {
+  if (in_memory()) {
+    play_kernel();
+    return tx.consumer() == tx.producer();
+  }
   if (!socket_) return true;
   // A call in copy mode sends at most 32 frames (net/xdp/xsk.c, TX_BATCH_SIZE); a burst fits one, a backlog needs more.
   for (int attempt = 0; attempt < 4 && tx.consumer() != tx.producer(); ++attempt) {

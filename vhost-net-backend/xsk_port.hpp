@@ -84,17 +84,28 @@ class XskPort {
     return address < std::uint64_t{description_.rx_frames} * description_.frame_size;
   }
   [[nodiscard]] const XskDescription& description() const { return description_; }
+  /// -1: nothing to wait for.
   [[nodiscard]] int fd() const { return socket_.get(); }
+  /// The owner of the rings plays the kernel's side as well, once a round.
+  [[nodiscard]] bool in_memory() const { return (description_.flags & XskDescription::kInMemory) != 0; }
 
   /// Lets the kernel send what is on the TX ring; at most a few system calls. True when the ring is empty afterwards.
   /// False means "later": the device is down, its queue is full, or (copy mode) the call's budget of 32 frames is used
   /// up.
   bool wake_transmit() const;
 
+  /// in_memory() only: does what the kernel would do with everything that is on TX and fill (null_port.cpp). Before
+  /// anything else moves on these rings, and never between arm and disarm.
+  void play_kernel() const;
+
  private:
   XskPort() = default;
+  void play_transmit() const;
+  void play_source() const;
+  void play_loopback() const;
   XskDescription description_{};
   UniqueFd socket_, umem_;
+  UniqueFd rings_;  // instead of socket_ if in_memory()
   Mapping maps_[5];
   std::byte* frames_ = nullptr;
   std::uint64_t umem_size_ = 0;

@@ -23,6 +23,9 @@ constexpr std::size_t kMaxDomainXml = 4u << 20;
 constexpr std::size_t kMaxNics = 64;
 constexpr std::size_t kMaxPairName = 32;
 constexpr std::size_t kMaxQuoted = 80;
+/// An Ethernet header and something in it, to what a frame of the usual MTU holds with two VLAN tags.
+constexpr std::uint32_t kShortestSourceFrame = 60;
+constexpr std::uint32_t kLongestSourceFrame = 1522;
 
 /// Text from the XML for an error message: short, printable.
 std::string quoted(std::string_view text) {
@@ -132,23 +135,54 @@ bool is_pair_name(std::string_view name) {
 
 // ---- our elements ----
 
+/// null='sink', null='source' with frame='64', null='loopback': uplinks for measurement.
+Result<UplinkOption> parse_null(xml_node element) {
+  struct Word {
+    std::string_view text;
+    UplinkOption::Kind kind;
+  };
+  constexpr Word kWords[] = {{"sink", UplinkOption::Kind::kSink},
+                             {"source", UplinkOption::Kind::kSource},
+                             {"loopback", UplinkOption::Kind::kLoopback}};
+  const std::string_view value = element.attribute("null").value();
+  const auto* word = std::find_if(std::begin(kWords), std::end(kWords), [&](const Word& w) { return w.text == value; });
+  if (word == std::end(kWords))
+    return wrong("uplink null=" + quoted(value) + "; write null='sink', 'source' or 'loopback'");
+  UplinkOption option{word->kind, std::string{value}, 0};
+  const xml_attribute frame = element.attribute("frame");
+  if (option.kind != UplinkOption::Kind::kSource) {
+    if (frame) return wrong("<uplink> has an attribute frame, which goes with null='source' only; remove it");
+    return option;
+  }
+  const std::string_view text = frame ? frame.value() : "64";
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), option.frame_length);
+  if (error != std::errc{} || end != text.data() + text.size() || option.frame_length < kShortestSourceFrame ||
+      option.frame_length > kLongestSourceFrame)
+    return wrong("uplink frame=" + quoted(text) + "; write a length in bytes from " +
+                 std::to_string(kShortestSourceFrame) + " to " + std::to_string(kLongestSourceFrame));
+  return option;
+}
+
 Result<UplinkOption> parse_uplink(xml_node element) {
-  if (auto shape = check_shape(element, {"bridge", "dev", "null"}); !shape)
+  if (auto shape = check_shape(element, {"bridge", "dev", "null", "frame"}); !shape)
     return tl::make_unexpected(std::move(shape.error()));
   for (const xml_node child : element.children())
     if (child.type() == pugi::node_element) return tl::make_unexpected(unknown_element(child, element.name()).error());
   std::vector<UplinkOption> found;
-  if (const auto bridge = element.attribute("bridge")) found.push_back({UplinkOption::Kind::kBridge, bridge.value()});
-  if (const auto device = element.attribute("dev")) found.push_back({UplinkOption::Kind::kDevice, device.value()});
-  if (const auto null = element.attribute("null")) {
-    if (std::string_view{null.value()} != "yes")
-      return wrong("uplink null=" + quoted(null.value()) + "; write null='yes'");
-    found.push_back({UplinkOption::Kind::kNull, {}});
+  if (const auto bridge = element.attribute("bridge"))
+    found.push_back({UplinkOption::Kind::kBridge, bridge.value(), 0});
+  if (const auto device = element.attribute("dev")) found.push_back({UplinkOption::Kind::kDevice, device.value(), 0});
+  if (element.attribute("null")) {
+    auto null = parse_null(element);
+    if (!null) return tl::make_unexpected(std::move(null.error()));
+    found.push_back(std::move(*null));
+  } else if (element.attribute("frame")) {
+    return wrong("<uplink> has an attribute frame, which goes with null='source' only; remove it");
   }
   if (found.size() != 1)
     return wrong("<uplink> has " + std::to_string(found.size()) +
                  " of the attributes bridge, dev and null; give exactly one, as in <tandem:uplink bridge='br0'/>");
-  if (found.front().kind != UplinkOption::Kind::kNull && !is_interface_name(found.front().name))
+  if (!found.front().is_null() && !is_interface_name(found.front().name))
     return wrong("uplink " + quoted(found.front().name) + " is not a network interface name: 1 to " +
                  std::to_string(IFNAMSIZ - 1) + " letters, digits, '.', '_', '-' or '@'");
   return found.front();

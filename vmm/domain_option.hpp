@@ -4,7 +4,7 @@
 //   <metadata>
 //     <tandem:domain xmlns:tandem="urn:tandem:domain:1">
 //       <tandem:nic mac="52:54:00:12:34:56" pair="default">
-//         <tandem:uplink bridge="br0"/>                      <!-- or dev="eth1", or null="yes" -->
+//         <tandem:uplink bridge="br0"/>                      <!-- or dev="eth1"; null="..." to measure -->
 //         <tandem:watchdog spin="5ms" blocked="5ms"/>        <!-- may be left out -->
 //       </tandem:nic>
 //     </tandem:domain>
@@ -30,9 +30,13 @@ inline constexpr std::string_view kDefaultRunDirectory = "/run/tandem";
 inline constexpr std::chrono::nanoseconds kDefaultHangLimit = std::chrono::milliseconds{5};
 
 struct UplinkOption {
-  enum class Kind { kBridge, kDevice, kNull };
-  Kind kind = Kind::kNull;
-  std::string name;  ///< network interface name; empty for kNull
+  /// The last three lead nowhere and are for measurement only: null='sink', 'source' and 'loopback'.
+  enum class Kind { kBridge, kDevice, kSink, kSource, kLoopback };
+  Kind kind = Kind::kSink;
+  std::string name;                ///< network interface name; of the last three the word itself
+  std::uint32_t frame_length = 0;  ///< kSource: bytes of each frame without its checksum, from frame='N'
+
+  [[nodiscard]] bool is_null() const { return kind != Kind::kBridge && kind != Kind::kDevice; }
 };
 
 struct WatchdogOption {

@@ -9,17 +9,20 @@
 // Rules for whoever drives the rings (one owner at a time, each ring is single producer, single consumer):
 //  - Frames are named by their offset in the UMEM. RX frames are [0, rx_frames), TX frames
 //    [rx_frames, rx_frames + tx_frames), times frame_size. The maker has posted every RX frame on the fill ring.
-//  - A received descriptor's address points somewhere inside its frame: the frame is address & ~(frame_size - 1), and
-//  what
-//    goes back on the fill ring is that frame's start.
+//  - A received descriptor's address points somewhere inside its frame. The frame's start, address & ~(frame_size - 1),
+//    is what goes back on the fill ring.
 //  - No XDP_USE_NEED_WAKEUP: the flags word never says "no need". After publishing on TX call
 //    sendto(fd, nullptr, 0, MSG_DONTWAIT, nullptr, 0) until the TX consumer has caught up. In copy mode one call sends
 //    at most 32 frames, then EAGAIN: call again. EBUSY: the netdev dropped a frame (it completes all the same) or the
 //    queue is full; ENOBUFS: no memory or completion ring full; for both call again later. ENETDOWN, ENXIO: the uplink
 //    is down or gone, and the consumer will not move: stop calling until the supervisor says more. The fill ring needs
 //    no call.
-//  - The socket is readable in epoll when RX is not empty, and reports EPOLLERR (SO_ERROR is ENETDOWN) when its netdev
-//  went.
+//  - The socket is readable in epoll when RX is not empty. When its netdev went it reports EPOLLERR, and SO_ERROR is
+//    ENETDOWN.
+//
+// A description with kInMemory has no socket: "measurement only" uplinks (docs/operations.md). The first descriptor is
+// a memfd with the same four rings, all indices 0 at first and every RX frame posted, and whoever owns the rings plays
+// the kernel too (vhost-net-backend/null_port.cpp).
 #pragma once
 
 #include <cstddef>
@@ -28,7 +31,7 @@
 
 namespace tandem {
 
-inline constexpr std::uint32_t kXskDescriptionVersion = 1;
+inline constexpr std::uint32_t kXskDescriptionVersion = 2;
 /// Frames per socket. Equal to the ring sizes, so that neither the fill nor the completion ring can ever overflow.
 inline constexpr std::uint32_t kXskRxFrames = 2048;
 inline constexpr std::uint32_t kXskTxFrames = 2048;
@@ -41,7 +44,7 @@ inline constexpr std::uint32_t kXskLargeFrame = 4096;
 inline constexpr std::uint32_t kXskLinkHeader = 14 + 2 * 4;
 inline constexpr std::uint32_t kXskSmallFrameMtu = kXskSmallFrame - kXskKernelHeadroom - kXskLinkHeader;  // 1770
 inline constexpr std::uint32_t kXskLargestMtu = kXskLargeFrame - kXskKernelHeadroom - kXskLinkHeader;     // 3818
-/// Descriptors that travel beside each XskDescription: the socket, then the UMEM.
+/// Descriptors that travel beside each XskDescription: the socket (kInMemory: the rings), then the UMEM.
 inline constexpr std::uint32_t kXskFdsPerQueue = 2;
 
 /// One ring as mmap() sees it: map `mmap_size` bytes of the socket at `mmap_offset`; the other fields are byte offsets
@@ -59,6 +62,12 @@ struct XskRing {
 
 struct XskDescription {
   static constexpr std::uint32_t kZeroCopy = 1u << 0;
+  /// Rings in a memfd, no netdev behind them. Frames on TX vanish and complete at once, unless kLoopback.
+  static constexpr std::uint32_t kInMemory = 1u << 1;
+  /// kInMemory: every frame on the fill ring comes back on RX at once, with what it holds, source_length bytes long.
+  static constexpr std::uint32_t kSource = 1u << 2;
+  /// kInMemory: frames on TX come back on RX, in order; they wait on TX for a frame on the fill ring.
+  static constexpr std::uint32_t kLoopback = 1u << 3;
 
   std::uint32_t version = kXskDescriptionVersion;
   std::uint32_t flags = 0;
@@ -68,9 +77,9 @@ struct XskDescription {
   std::uint32_t headroom = 0;  ///< extra bytes in front of received frames beyond the kernel's own; 0 here
   std::uint32_t rx_frames = 0;
   std::uint32_t tx_frames = 0;
-  std::uint32_t max_packet = 0;  ///< longest frame in bytes, link header included, that fits RX and TX frames alike
-  std::uint32_t reserved = 0;
-  std::uint64_t umem_size = 0;  ///< (rx_frames + tx_frames) * frame_size
+  std::uint32_t max_packet = 0;     ///< longest frame in bytes, link header included, that fits RX and TX frames alike
+  std::uint32_t source_length = 0;  ///< kSource: bytes of each frame, from kXskKernelHeadroom on; else 0
+  std::uint64_t umem_size = 0;      ///< (rx_frames + tx_frames) * frame_size
   XskRing rx;
   XskRing tx;
   XskRing fill;

@@ -69,8 +69,9 @@ std::string status_table(const nlohmann::json& status) {
       {"MAC", "Domain", "Pair", "Uplink", "Link", "RX packets", "TX packets", "Dropped", "Overflow", "Problem"}};
   for (const auto& nic : status.at("nics")) {
     const auto& uplink = nic["uplink"];
-    const std::string name =
-        uplink.contains("bridge") ? show(uplink["bridge"]) : show(uplink.value("dev", nlohmann::json()));
+    std::string name = "-";
+    for (const char* kind : {"bridge", "dev", "null"})
+      if (uplink.contains(kind)) name = show(uplink[kind]);
     const std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
     nics.push_back(
         {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name,
@@ -83,18 +84,17 @@ std::string status_table(const nlohmann::json& status) {
 
 std::string incident_table(const nlohmann::json& incidents) {
   std::vector<Row> rows{
-      {"Id", "Time", "Pair", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
+      {"Id", "Time", "Pair", "Kind", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
   for (const auto& incident : incidents.at("incidents")) {
     const auto& timeline = incident["timeline_ns"];
     const auto& replayed = incident["replayed"];
     rows.push_back({show(incident["id"]), local_time(incident["time_ms"].get<std::int64_t>()), show(incident["pair"]),
-                    show(incident["cause"]), show(incident["owner_state"]), microseconds(timeline["heir_awake"]),
-                    microseconds(timeline["replayed"]), microseconds(timeline["first_transaction"]),
+                    incident.value("kind", "failover"), show(incident["cause"]), show(incident["owner_state"]),
+                    microseconds(timeline["heir_awake"]), microseconds(timeline["replayed"]),
+                    microseconds(timeline["first_transaction"]),
                     replayed["armed"].get<bool>() ? show(replayed["packets"]) + " packets" : "nothing"});
   }
   return lay_out(rows);
 }
-
-std::string incident_text(const nlohmann::json& incident) { return incident_table({{"incidents", {incident}}}); }
 
 }  // namespace tandem

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // tandemd: the supervisor of all pairs of a host.
-#include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <systemd/sd-daemon.h>
 
 #include <CLI/CLI.hpp>
 #include <csignal>
 
+#include "recovery/supervisor/journal.hpp"
 #include "recovery/supervisor/supervisor.hpp"
 
 namespace {
@@ -18,9 +18,7 @@ tandem::Status serve(const std::string& path) {
     if (!read) return tl::make_unexpected(std::move(read.error()));
     config = std::move(*read);
   }
-  spdlog::set_default_logger(spdlog::stderr_color_mt("tandemd"));
-  spdlog::set_level(spdlog::level::from_str(config.log_level));
-  spdlog::flush_on(spdlog::level::info);
+  tandem::set_up_log(config.log_level);
 
   sigset_t signals;
   ::sigemptyset(&signals);

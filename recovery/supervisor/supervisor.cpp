@@ -11,6 +11,7 @@
 #include <filesystem>
 
 #include "recovery/fence/kernel_version.hpp"
+#include "recovery/supervisor/journal.hpp"
 #include "recovery/supervisor/probe.hpp"
 
 namespace tandem {
@@ -19,8 +20,9 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// An incident is closed this long after its takeover even if no packet came.
+// An incident is closed this long after its takeover even if no packet came; that of a handover waits for nothing else.
 constexpr auto kIncidentOpen = 2s;
+constexpr auto kHandoverOpen = 200ms;
 constexpr std::uint64_t kLockLimitNs = 1'000'000'000;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
@@ -184,13 +186,14 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.timeline = timeline;
   incident.victim_pid = victim;
   incident.heir_pid = heir;
-  if (const auto exit = exits_.find(victim); exit != exits_.end()) {
+  if (const auto exit = exits_.find(victim); exit != exits_.end() && !incident.planned()) {
     incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
   const std::uint64_t id = incidents_->add(incident).id;
-  incident_limits_[id] = loop_.after(kIncidentOpen, [this, id] { close_incident(id); });
+  incident_limits_[id] =
+      loop_.after(incident.planned() ? kHandoverOpen : kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
 }
 
@@ -198,7 +201,7 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
   for (Incident& incident : incidents_->recent()) {
     if (incident.pair != pair.name() || incident.shard != shard || incident.timeline.epoch != timeline.epoch) continue;
     incident.timeline.first_transaction_ns = timeline.first_transaction_ns;
-    if (incident.reaped && !incident.closed) close_incident(incident.id);
+    if ((incident.reaped || incident.planned()) && !incident.closed) close_incident(incident.id);
   }
 }
 
@@ -208,7 +211,7 @@ void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   exits_[pid] = status;
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
-    if (incident.victim_pid != pid || incident.reaped) continue;
+    if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
     incident.reaped = status.known;
     incident.exit_signal = status.signal;
     incident.exit_status = status.status;
@@ -229,7 +232,7 @@ void Supervisor::on_state(Pair& pair) {
     if (found->second->state() != PairState::kStopped)
       for (auto& done : std::exchange(when_stopped_[name], {})) done();
     check_provisioning();
-    check_drills();
+    check_awaited();
   });
 }
 
@@ -240,10 +243,13 @@ void Supervisor::close_incident(std::uint64_t id) {
   incident->closed = true;
   save_incident(*incident);
   const auto& timeline = incident->timeline;
-  spdlog::warn("pair {}: failover {} done: {}, heir {} took over {} us after the fence", incident->pair, id,
-               incident->cause(), incident->heir_pid,
-               timeline.fence_ns == 0 ? 0 : (timeline.replayed_ns - timeline.fence_ns) / 1000);
-  soon_["drills"] = loop_.soon([this] { check_drills(); });
+  if (incident->planned())
+    spdlog::info("pair {}: {} {}: backend {} owns {} us after the request", incident->pair,
+                 timeline.kind == TakeoverKind::kHandover ? "handover" : "handover taken back:", id, incident->heir_pid,
+                 (timeline.replayed_ns - timeline.requested_ns) / 1000);
+  else
+    log_failover(*incident);
+  soon_["awaited"] = loop_.soon([this] { check_awaited(); });
 }
 
 void Supervisor::save_incident(const Incident& incident) {

@@ -74,6 +74,7 @@ Status Supervisor::keep_nic(Nic& nic) {
                     {"pair", nic.option.pair},
                     {"uplink_kind", static_cast<int>(nic.option.uplink.kind)},
                     {"uplink_name", nic.option.uplink.name},
+                    {"uplink_frame", nic.option.uplink.frame_length},
                     {"spin_ns", nic.option.watchdog.spin.count()},
                     {"blocked_ns", nic.option.watchdog.blocked.count()},
                     {"queues", nic.option.queues},
@@ -183,7 +184,7 @@ void Supervisor::sweep(const std::vector<VaultItem>& items) {
   std::vector<std::string> in_use;
   for (const auto& [mac, nic] : nics_) {
     const UplinkRecord uplink = nic.uplink->record();
-    in_use.push_back(uplink.netdev);
+    if (!uplink.netdev.empty()) in_use.push_back(uplink.netdev);
     if (!uplink.port.empty()) in_use.push_back(uplink.port);
   }
   const auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink", in_use);
@@ -224,6 +225,7 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   nic.option.pair = record.at("pair").get<std::string>();
   nic.option.uplink.kind = static_cast<UplinkOption::Kind>(record.at("uplink_kind").get<int>());
   nic.option.uplink.name = record.at("uplink_name").get<std::string>();
+  nic.option.uplink.frame_length = record.at("uplink_frame").get<std::uint32_t>();
   nic.option.watchdog.spin = std::chrono::nanoseconds(record.at("spin_ns").get<std::int64_t>());
   nic.option.watchdog.blocked = std::chrono::nanoseconds(record.at("blocked_ns").get<std::int64_t>());
   nic.option.queues = record.at("queues").get<std::uint32_t>();

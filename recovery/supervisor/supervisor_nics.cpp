@@ -59,8 +59,14 @@ Result<Pair*> Supervisor::pair_for(const std::string& name) {
 
 UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   UplinkConfig uplink;
-  uplink.kind = option.uplink.kind == UplinkOption::Kind::kBridge ? UplinkKind::kBridge : UplinkKind::kDev;
+  static const std::map<UplinkOption::Kind, UplinkKind> kKinds{{UplinkOption::Kind::kBridge, UplinkKind::kBridge},
+                                                               {UplinkOption::Kind::kDevice, UplinkKind::kDev},
+                                                               {UplinkOption::Kind::kSink, UplinkKind::kSink},
+                                                               {UplinkOption::Kind::kSource, UplinkKind::kSource},
+                                                               {UplinkOption::Kind::kLoopback, UplinkKind::kLoopback}};
+  uplink.kind = kKinds.at(option.uplink.kind);
   uplink.name = option.uplink.name;
+  uplink.frame_length = option.uplink.frame_length;
   uplink.mac = option.mac;
   uplink.queue_pairs = option.queues;
   uplink.instance = config_.instance;
@@ -91,8 +97,6 @@ Status Supervisor::try_provision(const DomainOption& domain, const NicOption& op
   if (const auto other = nics_.find(option.mac); other != nics_.end())
     return fail(ErrorKind::kInvalid, doing + ": this MAC is served already, for domain " + other->second.domain +
                                          "; give one of them another MAC");
-  if (option.uplink.kind == UplinkOption::Kind::kNull)
-    return fail(ErrorKind::kUnsupported, doing + ": the null uplink is not available; name a bridge= or a dev=");
   auto pair = pair_for(option.pair);
   if (!pair) return within(doing, std::move(pair.error()));
   TANDEM_SUPERVISOR_PROBE(kPairMade);

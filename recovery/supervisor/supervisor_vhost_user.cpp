@@ -177,6 +177,7 @@ void Supervisor::drop_connection(Nic& nic, const std::string& why) {
 
 // RARP (RFC 903) request for the guest's own address, as QEMU's announcement does: bridges learn where the MAC is now.
 void Supervisor::announce(const Nic& nic, const std::array<std::uint8_t, 6>& mac) {
+  if (nic.uplink->netdev().empty()) return;  // nobody is there to hear it
   std::array<std::uint8_t, 60> frame{};
   std::fill_n(frame.begin(), 6, std::uint8_t{0xff});
   std::copy(mac.begin(), mac.end(), frame.begin() + 6);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Making, watching and removing uplinks of both kinds.
+// Making, watching and removing uplinks of all kinds.
 #include "recovery/uplink/uplink.hpp"
 
 #include <fcntl.h>
@@ -14,6 +14,7 @@
 
 #include "recovery/fence/kernel_version.hpp"
 #include "recovery/fence/pins.hpp"
+#include "recovery/uplink/null_queue.hpp"
 #include "recovery/uplink/uplink_names.hpp"
 
 namespace tandem {
@@ -22,6 +23,7 @@ namespace {
 constexpr std::uint32_t kNameAttempts = 8;
 constexpr int kCarrierTimeoutMs = 2000;
 constexpr std::uint32_t kMaxQueues = 64;  // entries of the XSKMAP
+constexpr std::uint32_t kNullMtu = 1500;  // of a null= uplink whose NIC has none
 /// Transmit offloads of the bridge port leave work to a receiver that would not do it. All of them are of this prefix;
 /// the names that are not offloads (tx-lockless) cannot be changed anyway.
 const std::vector<std::string> kPortFeaturesOff = {"tx-"};
@@ -68,7 +70,8 @@ Result<Uplink> Uplink::open(const UplinkConfig& config) {
 
 Result<Uplink> Uplink::begin(const UplinkConfig& config) {
   const bool bridge = config.kind == UplinkKind::kBridge;
-  const std::string doing = std::string{"open uplink "} + (bridge ? "bridge=" : "dev=") + config.name;
+  const bool null = is_null(config.kind);
+  const std::string doing = std::string{"open uplink "} + (bridge ? "bridge=" : null ? "null=" : "dev=") + config.name;
   if (auto kernel = kernel_is_supported(running_kernel_release()); !kernel)
     return within(doing, std::move(kernel.error()));
   if (config.queue_pairs == 0 || config.queue_pairs > kMaxQueues)
@@ -83,7 +86,7 @@ Result<Uplink> Uplink::begin(const UplinkConfig& config) {
   auto monitor = LinkMonitor::open();
   if (!monitor) return within(doing, std::move(monitor.error()));
   uplink.monitor_ = std::move(*monitor);
-  if (auto opened = bridge ? uplink.open_bridge() : uplink.open_dev(); !opened)
+  if (auto opened = bridge ? uplink.open_bridge() : null ? uplink.open_null() : uplink.open_dev(); !opened)
     return within(doing, std::move(opened.error()));
   return uplink;
 }
@@ -103,15 +106,17 @@ Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& rec
   uplink.monitor_ = std::move(*monitor);
   const bool bridge = config.kind == UplinkKind::kBridge;
   const std::string& above = bridge ? config.name : record.netdev;
-  for (auto [state, name] : {std::pair{&uplink.ours_, &record.netdev}, std::pair{&uplink.above_, &above},
-                             std::pair{&uplink.port_, bridge ? &record.port : &record.netdev}}) {
-    auto found = existing(uplink.rtnetlink_, *name);
-    if (!found) return within(doing, std::move(found.error()));
-    *state = std::move(*found);
+  if (!is_null(config.kind)) {
+    for (auto [state, name] : {std::pair{&uplink.ours_, &record.netdev}, std::pair{&uplink.above_, &above},
+                               std::pair{&uplink.port_, bridge ? &record.port : &record.netdev}}) {
+      auto found = existing(uplink.rtnetlink_, *name);
+      if (!found) return within(doing, std::move(found.error()));
+      *state = std::move(*found);
+    }
+    auto redirect = XdpRedirect::adopt(config.pin_dir + "/" + pin_name(record.netdev));
+    if (!redirect) return within(doing, std::move(redirect.error()));
+    uplink.redirect_ = std::move(*redirect);
   }
-  auto redirect = XdpRedirect::adopt(config.pin_dir + "/" + pin_name(record.netdev));
-  if (!redirect) return within(doing, std::move(redirect.error()));
-  uplink.redirect_ = std::move(*redirect);
   for (std::size_t i = 0; i < queues.size(); ++i)
     uplink.queues_.emplace_back(queues[i], std::move(fds[2 * i]), std::move(fds[2 * i + 1]));
   if (fds.size() > 2 * queues.size()) uplink.membership_ = std::move(fds[2 * queues.size()]);
@@ -281,6 +286,25 @@ Status Uplink::open_dev() {
   return step;
 }
 
+Status Uplink::open_null() {
+  mtu_ = config_.mtu != 0 ? config_.mtu : kNullMtu;
+  const auto frame_size = XskQueue::frame_size_for(mtu_);
+  if (!frame_size) return tl::make_unexpected(frame_size.error());
+  owned_.set();
+  NullQueuePlan plan{*frame_size, 0, 0, mac_bytes(config_.mac)};
+  if (config_.kind == UplinkKind::kSource) plan.flags = XskDescription::kSource;
+  if (config_.kind == UplinkKind::kLoopback) plan.flags = XskDescription::kLoopback;
+  if (config_.kind == UplinkKind::kSource) plan.source_length = config_.frame_length;
+  for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {
+    auto made = make_null_queue(queue, plan);
+    if (!made) return tl::make_unexpected(std::move(made.error()));
+    queues_.push_back(std::move(*made));
+  }
+  connected_ = true;
+  notes_.push_back("null=" + config_.name + " leads nowhere: it is for measurement only");
+  return {};
+}
+
 Status Uplink::match_channels() {
   auto before = channels(ours_.name);
   if (!before) return tl::make_unexpected(std::move(before.error()));
@@ -357,6 +381,7 @@ std::vector<int> Uplink::keep_fds() const {
 
 Result<std::vector<XskStatistics>> Uplink::statistics() const {
   std::vector<XskStatistics> all;
+  if (is_null(config_.kind)) return std::vector<XskStatistics>(queues_.size());
   for (const XskQueue& queue : queues_) {
     auto one = xsk_statistics(queue.socket_fd());
     if (!one) return within("read statistics of uplink " + config_.name, std::move(one.error()));
@@ -367,6 +392,7 @@ Result<std::vector<XskStatistics>> Uplink::statistics() const {
 
 Status Uplink::check() {
   monitor_.drain();
+  if (is_null(config_.kind)) return {};
   const auto gone = [this](const std::string& what, const std::string& remedy) {
     return fail(ErrorKind::kGone, "uplink " + config_.name + " of NIC " + config_.mac + ": " + what + "; " + remedy);
   };
@@ -400,6 +426,7 @@ Status Uplink::close() {
   redirect_ = {};
   queues_.clear();
   membership_.reset();
+  if (is_null(config_.kind)) return first;
   // A netdev that went away by itself has nothing to restore.
   const auto ours = rtnetlink_.find(ours_.ifindex);
   const bool present = ours && *ours && ours_.ifindex != 0;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Uplink: connects one NIC to the outside, as AF_XDP sockets on a veth of ours (bridge=) or on a whole netdev (dev=).
+// Uplink: connects one NIC to the outside, as AF_XDP sockets on a veth of ours (bridge=) or on a whole netdev (dev=);
+// or to nothing, with rings in memory that backends serve themselves (null=), to measure.
 //
 // Made by the supervisor (root, one thread, in the network namespace of the bridge or netdev). Backends get, per queue
 // pair, one XskDescription and two descriptors; everything about using them is in common/layout/xsk_description.hpp.
@@ -30,11 +31,14 @@
 
 namespace tandem {
 
-enum class UplinkKind { kBridge, kDev };
+enum class UplinkKind { kBridge, kDev, kSink, kSource, kLoopback };
+
+/// Whether there is no netdev behind it (null_queue.hpp).
+constexpr bool is_null(UplinkKind kind) { return kind != UplinkKind::kBridge && kind != UplinkKind::kDev; }
 
 struct UplinkConfig {
   UplinkKind kind = UplinkKind::kBridge;
-  std::string name;  ///< of the bridge or netdev
+  std::string name;  ///< of the bridge or netdev; else only for messages
   std::string mac;   ///< the NIC's, by which the uplink is named
   std::uint32_t queue_pairs = 1;
   std::uint32_t mtu = 0;  ///< the guest's; 0: as the bridge or netdev has it
@@ -43,6 +47,7 @@ struct UplinkConfig {
   bool pass_host_traffic = false;  ///< dev=: frames on queues without a socket go to the host's stack
   bool promiscuous = true;         ///< dev=: else only frames to `mac` and all multicast
   bool zero_copy = false;          ///< dev=: let the driver use zero-copy if it can
+  std::uint32_t frame_length = 0;  ///< kSource: bytes of each frame
 };
 
 /// A flag that moves with its owner: what was moved from has nothing to undo.
@@ -109,8 +114,8 @@ class Uplink {
   [[nodiscard]] std::vector<int> keep_fds() const;
 
   [[nodiscard]] std::uint32_t mtu() const noexcept { return mtu_; }
-  [[nodiscard]] const std::string& netdev() const noexcept { return ours_.name; }
-  [[nodiscard]] const std::string& port() const noexcept { return port_.name; }  ///< bridge=: the bridge's end
+  [[nodiscard]] const std::string& netdev() const noexcept { return ours_.name; }  ///< empty: null=
+  [[nodiscard]] const std::string& port() const noexcept { return port_.name; }    ///< bridge=: the bridge's end
   /// Things the operator should know though they are no errors; for the log.
   [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
 
@@ -135,6 +140,7 @@ class Uplink {
   void keep_order();
   Status set_up_ends();
   Status open_dev();
+  Status open_null();
   Status match_channels();
   Status receive_everything();
   Status open_queues(bool pass_host_traffic);

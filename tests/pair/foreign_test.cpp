@@ -133,7 +133,7 @@ struct Echo {
 TEST_CASE(
     "virtio_user sends back what it gets, the active is killed in the middle: every frame is back once, in order") {
   SKIP_UNLESS_PAIR();
-  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
+  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
   PairHost host;
   host.start();
   require_domain(host, "one", {{}});
@@ -164,7 +164,7 @@ TEST_CASE(
 
 TEST_CASE("virtio_user only receives, the active is killed in the middle: it counts every frame that was sent") {
   SKIP_UNLESS_PAIR();
-  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
+  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
   PairHost host;
   host.start();
   require_domain(host, "one", {{}});
@@ -196,7 +196,7 @@ TEST_CASE(
     "virtio_user only sends, as fast as it can, the active is killed in the middle: it goes on, and the count is "
     "right") {
   SKIP_UNLESS_PAIR();
-  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
+  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
   PairHost host;
   host.start();
   require_domain(host, "one", {{}});

@@ -56,7 +56,7 @@ TEST_CASE("domains that cannot be served: a sentence that says what to change, a
   CHECK(refused({{.uplink = "bridge=\"nobridge\""}}).find("nobridge") != std::string::npos);
   CHECK(refused({{.uplink = "bridge=\"host0\""}}).find("host0") != std::string::npos);
   CHECK(refused({{.uplink = "dev=\"nodev\""}}).find("nodev") != std::string::npos);
-  CHECK(refused({{.uplink = "null=\"yes\""}}).find("null") != std::string::npos);
+  CHECK(refused({{.uplink = "null=\"yes\""}}).find("'loopback'") != std::string::npos);
   CHECK(refused({{.uplink = "wire=\"br0\""}}).find("wire") != std::string::npos);
   // All or nothing.
   CHECK(refused({{.mac = kMac}, {.mac = kOtherMac, .uplink = "bridge=\"nobridge\""}}).find("nobridge") !=

@@ -205,7 +205,7 @@ TEST_CASE("QEMU with its boot ROM as the driver") {
 }
 
 TEST_CASE("DPDK's virtio_user") {
-  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk");
+  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
   const DpdkRuntime runtime;
   Server server;
   const Process testpmd{{"dpdk-testpmd", "-l", "0,1", "--no-huge", "-m", "64", "--no-pci", "--no-shconf",
