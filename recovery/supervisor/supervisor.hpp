@@ -103,6 +103,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Status try_provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
+  [[nodiscard]] static std::string socket_name(const std::string& mac);
   Result<UniqueFd> open_nic_socket(const std::string& mac) const;
   UplinkConfig uplink_config(const NicOption& option) const;
   void watch_uplink(Nic& nic);

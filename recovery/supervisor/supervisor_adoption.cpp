@@ -181,6 +181,12 @@ void Supervisor::sweep(const std::vector<VaultItem>& items) {
     if ((item.key.starts_with("ports/") || item.key.starts_with("device/")) && !nics_.contains(mac))
       static_cast<void>(vault_->del(item.key));
   }
+  std::set<std::string> sockets;
+  for (const auto& [mac, nic] : nics_) sockets.insert(socket_name(mac));
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(config_.nic_socket_dir(), ignored))
+    if (entry.is_socket(ignored) && !sockets.contains(entry.path().filename().string()))
+      std::filesystem::remove(entry.path(), ignored);
   std::vector<std::string> in_use;
   for (const auto& [mac, nic] : nics_) {
     const UplinkRecord uplink = nic.uplink->record();

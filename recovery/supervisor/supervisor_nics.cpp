@@ -19,14 +19,14 @@ using namespace std::chrono_literals;
 // A bridge port that has no carrier by then joins without.
 constexpr auto kCarrierLimit = 2s;
 
-std::string socket_name(const std::string& mac) {
+}  // namespace
+
+std::string Supervisor::socket_name(const std::string& mac) {
   std::string name = mac;
   for (char& character : name)
     if (character == ':') character = '-';
   return name + ".sock";
 }
-
-}  // namespace
 
 Result<std::string> Supervisor::find_backend() const {
   std::vector<std::string> candidates;

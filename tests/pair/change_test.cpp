@@ -32,7 +32,7 @@ void require_clean(Traffic& traffic) {
 
 }  // namespace
 
-TEST_CASE("reset, reboot, unbind and bind: the active is killed before, in and after the stop and in the start") {
+TEST_CASE("reset and reboot and rebind: the active is killed before and in and after the stop and in the start") {
   SKIP_UNLESS_PAIR();
   PairHost host;
   host.start();

@@ -22,6 +22,17 @@ pid_t vault_of(const PairHost& host) {
   return 0;
 }
 
+/// Frames came to the guest by every queue pair, and went out by every one.
+void require_every_pair(PairHost& host, Traffic& traffic) {
+  REQUIRE(traffic.pump_frames(200));
+  const bool all = traffic.pump_until([&] {
+    const auto& pairs = traffic.by_pair();
+    return std::all_of(pairs.begin(), pairs.end(), [](std::uint64_t frames) { return frames > 20; });
+  });
+  for (const std::uint64_t frames : traffic.by_pair()) UNSCOPED_INFO(frames << " frames by a queue pair");
+  if (!all) FAIL("one of them stands still: " << host.nic(kMac).dump(2) << host.pair().dump(2));
+}
+
 void kill_vault(std::uint32_t queue_pairs) {
   PairHost host({.outside_queues = 2 * queue_pairs});
   host.start();
@@ -35,7 +46,7 @@ void kill_vault(std::uint32_t queue_pairs) {
       INFO(queue_pairs << " queue pairs, " << (failover ? "with" : "without") << " a failover in between");
       {
         Traffic traffic(guest, kMac, {.flows_in = 8});
-        REQUIRE(traffic.pump_frames(200));
+        require_every_pair(host, traffic);
         CHECK(traffic.finish().clean());
       }
       const auto died = std::chrono::steady_clock::now();
@@ -58,10 +69,7 @@ void kill_vault(std::uint32_t queue_pairs) {
       WARN("back after " << std::chrono::duration_cast<std::chrono::milliseconds>(back).count() << " ms");
       CHECK(back < 2s);
       Traffic traffic(guest, kMac, {.flows_in = 8});
-      REQUIRE(traffic.pump_until([&] {
-        const auto& pairs = traffic.by_pair();
-        return std::all_of(pairs.begin(), pairs.end(), [](std::uint64_t frames) { return frames > 20; });
-      }));
+      require_every_pair(host, traffic);
       REQUIRE(traffic.pump_frames(200));
       const TrafficResult result = traffic.finish();
       CAPTURE(result);
