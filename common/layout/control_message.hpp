@@ -38,6 +38,7 @@ enum class ControlType : std::uint16_t {
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
   kNotHandedOver = 107,  ///< RefusalBody: kHandOver came to nothing
   kPoison = 108,         ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
+  kCannotAttach = 109,   ///< ProblemBody: an armed backend cannot map a new device's uplink; one not yet armed leaves
 };
 
 struct ControlHeader {

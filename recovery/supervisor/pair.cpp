@@ -24,6 +24,7 @@ using namespace std::chrono_literals;
 
 // A member that lived shorter than this before it owned anything counts as an early death.
 constexpr std::uint64_t kEarlyNs = 2'000'000'000;
+constexpr unsigned kAlarmingDeaths = 3;
 constexpr auto kStartLimit = 30s;
 constexpr auto kDetachLimit = 1s;
 // An heir reports sooner, whatever comes of it (handover.cpp): one that does not is hung.
@@ -202,7 +203,14 @@ void Pair::resume() {
   else
     state_ = armed ? PairState::kTakingOver : PairState::kStarting;
   spdlog::info("pair {}: adopted, {}", name_, pair_state_name(state_));
-  // Our predecessor may have died before it armed them.
+  // Our predecessor may have died before it armed them, or after it told them of a device that it kept nowhere.
+  for (Member& member : members_) {
+    for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
+      if (member.stage == Member::Stage::kDead || devices_.contains(device)) continue;
+      if (auto sent = member.send(ControlType::kDetach, DeviceBody{device, 0, 0}); !sent)
+        end(member, sent.error().text);
+    }
+  }
   for (Member& member : members_) {
     for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
       if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
@@ -438,6 +446,11 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
     }
     case ControlType::kNotHandedOver:
       return on_not_handed_over(std::get<RefusalBody>(parsed->body).text);
+    case ControlType::kCannotAttach: {
+      const auto& problem = std::get<ProblemBody>(parsed->body);
+      if (devices_.contains(problem.device)) listener_.on_cannot_attach(*this, problem.device, problem.text);
+      return;
+    }
     default:
       spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(),
                    std::get<ProblemBody>(parsed->body).device, std::get<ProblemBody>(parsed->body).text);
@@ -617,7 +630,13 @@ void Pair::on_exit(pid_t pid) {
     spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
-  if (early && state_ != PairState::kStopped) ++early_deaths_;
+  if (!early)
+    early_deaths_ = 0;
+  else if (state_ != PairState::kStopped && ++early_deaths_ == kAlarmingDeaths)
+    spdlog::critical(
+        "pair {}: {} backends in a row died right after their start: it has no standby until one lives; what they "
+        "said is above",
+        name_, early_deaths_);
   forget_watches(*found, was_owner);
   members_.erase(found);
   std::vector<std::uint32_t> waiting;
