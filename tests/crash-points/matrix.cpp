@@ -77,6 +77,7 @@ std::vector<MatrixRow> matrix() {
     row.nested = burst <= 2 && (event_index || !packed);
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
+    if (situation == Situation::kFull && packed) row.shape.nic.queue_size = 2 * burst + 7;  // the warm-up jams it too
     row.name = std::string(!receive    ? "guest->uplink"
                            : !transmit ? "uplink->guest"
                                        : "both ways") +
