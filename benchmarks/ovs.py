@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 
-from world import NICE, CannotRun, wait_for
+from world import NICE, CannotRun, Failed, wait_for
 
 _DAEMON = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
 _SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
@@ -46,16 +46,16 @@ class Switch:
             self._control("add-port", "br-peer", port, "--", "set", "Interface", port, "type=dpdkvhostuserclient",
                           f"options:vhost-server-path={self.socket(port)}")
         self._pidfile = f"{self.directory}/vswitchd.pid"
-        self._daemon = world.start(("nice", "-n", str(NICE), _DAEMON, self._remote, f"--pidfile={self._pidfile}", f"--unixctl={self.directory}/vswitchd.ctl",
-                                    f"--log-file={self.directory}/vswitchd.log", "--monitor", "--no-chdir"),
-                                   f"ovs{Switch._number}.log", env=self._environment)
+        self._daemon = world.start(("nice", "-n", str(NICE), _DAEMON, self._remote, f"--pidfile={self._pidfile}",
+                                    f"--unixctl={self.directory}/vswitchd.ctl", f"--log-file={self.directory}/vswitchd.log",
+                                    "--monitor", "--no-chdir"), f"ovs{Switch._number}.log", env=self._environment)
         wait_for(self.pid, 30, "ovs-vswitchd to start", 0.02)
 
     def _run(self, name, *words):
         done = subprocess.run((self.world.tool(name, _PACKAGE), *words), env=self._environment, capture_output=True, text=True,
                               check=False, timeout=60)
         if done.returncode != 0:
-            raise CannotRun(f"{name} {' '.join(words)}: {done.stderr.strip()}")
+            raise Failed(f"{name} {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout
 
     def _control(self, *words):

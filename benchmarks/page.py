@@ -103,7 +103,8 @@ def _section(data, plots):
     parts.append("<div class='wide'><table><tr>" + "".join(f"<th>{html.escape(word)}</th>" for word in head) + "</tr>")
     parts += ["<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in row) + "</tr>" for row in rows]
     parts.append("</table></div><ul>")
-    parts += [f"<li>skipped: {html.escape(entry['what'])}: {html.escape(entry['why'])}</li>" for entry in data["skipped"]]
+    for kind in ("failed", "skipped"):
+        parts += [f"<li>{kind}: {html.escape(entry['what'])}: {html.escape(entry['why'])}</li>" for entry in data[kind]]
     parts += [f"<li>{html.escape(text)}</li>" for text in data["notes"]]
     parts.append(f"</ul><p><a href='{data['benchmark']}.json'>all samples</a></p>")
     return "\n".join(parts)

@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 
-from world import GUEST_CORE, NICE, CannotRun, wait_for
+from world import GUEST_CORE, NICE, Failed, wait_for
 
 
 class Prober:
@@ -15,8 +15,8 @@ class Prober:
         self._world = world
         self._output = world.path(f"prober{Prober._number}.json")
         self._log = f"prober{Prober._number}.log"
-        words = ["nice", "-n", str(NICE), "taskset", "-c", str(GUEST_CORE), world.program("tandem-prober"), "--rate", str(rate), "--queue-pairs",
-                 str(queue_pairs), "--gap-us", str(gap_us), "--length", str(length), "--output", self._output]
+        words = ["nice", "-n", str(NICE), "taskset", "-c", str(GUEST_CORE), world.program("tandem-prober"), "--rate", str(rate),
+                 "--queue-pairs", str(queue_pairs), "--gap-us", str(gap_us), "--length", str(length), "--output", self._output]
         for path in sockets:
             words += ["--socket", path]
         if senders is not None:
@@ -29,7 +29,7 @@ class Prober:
     def _said(self):
         if self.child.poll() is not None:
             with open(self._world.path(self._log), encoding="utf-8", errors="replace") as file:
-                raise CannotRun(f"the prober ended: {file.read().strip()}")
+                raise Failed(f"the prober ended: {file.read().strip()}")
         with open(self._world.path(self._log), encoding="utf-8", errors="replace") as file:
             return "running" in file.read()
 
@@ -42,7 +42,7 @@ class Prober:
         self._said()
         self._world.forget(self.child)
         if not os.path.exists(self._output):
-            raise CannotRun("the prober left no result")
+            raise Failed("the prober left no result")
         with open(self._output, encoding="utf-8") as file:
             return Seen(json.load(file))
 

@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import time
 
+from world import Failed
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -17,6 +19,11 @@ def summarize(samples):
     middle = statistics.median(samples)
     return {"median": middle, "mad": statistics.median(abs(sample - middle) for sample in samples), "min": min(samples),
             "max": max(samples), "samples": list(samples)}
+
+
+def wanted(only, **case):
+    """Whether --only asks for this case: nothing that it names differs. What the case does not name is not compared."""
+    return all(case[key] == value for key, value in (only or {}).items() if key in case)
 
 
 def _git(*words):
@@ -44,7 +51,8 @@ class Report:
     """What one benchmark found. A row is dimensions (any keys), a system, a unit and a summary of samples."""
 
     def __init__(self, name, quick):
-        self.data = {"benchmark": name, "quick": quick, "environment": environment(), "rows": [], "skipped": [], "notes": []}
+        self.data = {"benchmark": name, "quick": quick, "environment": environment(), "rows": [], "skipped": [],
+                     "failed": [], "notes": []}
 
     def row(self, dimensions, system, unit, samples, **more):
         self.data["rows"].append({**dimensions, "system": system, "unit": unit, **summarize(samples), **more})
@@ -52,6 +60,10 @@ class Report:
     def skip(self, what, why):
         """A measurement that could not be made: said, never silently missing."""
         self.data["skipped"].append({"what": what, "why": why})
+
+    def could_not(self, what, error):
+        """The same for an error that came up."""
+        self.data["failed" if isinstance(error, Failed) else "skipped"].append({"what": what, "why": str(error)})
 
     def note(self, text):
         if text not in self.data["notes"]:
@@ -98,8 +110,9 @@ def table(data):
     lines.insert(1, "-" * len(lines[0]))
     machine = data["environment"]
     lines.insert(0, f"{data['benchmark']}{' (quick)' if data['quick'] else ''}: {str(machine['git_revision'])[:12]}"
-                    f"{' with changes' if machine['dirty'] else ''}, Linux {machine['kernel']}, {machine['cpus']} x {machine['cpu']}, "
-                    f"load {machine['load_average'][0]:.1f}")
-    lines += [f"skipped: {entry['what']}: {entry['why']}" for entry in data["skipped"]]
+                    f"{' with changes' if machine['dirty'] else ''}, Linux {machine['kernel']}, {machine['cpus']} x "
+                    f"{machine['cpu']}, load {machine['load_average'][0]:.1f}")
+    for kind in ("failed", "skipped"):
+        lines += [f"{kind}: {entry['what']}: {entry['why']}" for entry in data[kind]]
     lines += [f"note: {text}" for text in data["notes"]]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import time
 
 import tandem
 from prober import Prober, median
+from results import wanted
 from world import wait_for
 
 # (NICs, queue pairs of each)
@@ -19,14 +20,20 @@ def _mac(number):
 
 
 def _memory_kib(pid):
-    """What is the process's alone, and its share of what it has in common with others."""
-    found = {}
-    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+    """The process's proportional share (Pss) by what is mapped: "own" is nobody else's by nature (heap, stacks, programs' data and
+    page tables), the rest are files that others map too: frames and rings of uplinks, guests' memory, the segment."""
+    found = {"own": 0}
+    name = ""
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
         for line in file:
             words = line.split()
-            if words[0] in ("Pss:", "Private_Clean:", "Private_Dirty:", "Pss_Anon:"):
-                found[words[0]] = int(words[1])
-    return {"private": found["Private_Clean:"] + found["Private_Dirty:"], "pss": found["Pss:"], "anonymous": found["Pss_Anon:"]}
+            if not words[0].endswith(":"):
+                name = words[5] if len(words) > 5 and words[5].startswith("/memfd:") else "own"
+            elif words[0] == "Pss:":
+                found[name] = found.get(name, 0) + int(words[1])
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        found["own"] += next(int(line.split()[1]) for line in file if line.startswith("VmPTE:"))
+    return found
 
 
 def _cpu_seconds(pid):
@@ -44,7 +51,7 @@ def _step(world, nics, queue_pairs, kills, rate):
         flows = nics * queue_pairs
         prober = Prober(world, [host.socket(_mac(number)) for number in range(nics)], rate, queue_pairs=queue_pairs,
                         gap_us=max(25, 2.5e6 * flows / rate)).wait_running()
-        found = {"resume_us": [], "all_flows_us": [], "standby_s": [], "takeover_us": []}
+        found = {"resume_us": [], "all_flows_us": [], "standby_s": [], "awake_us": [], "takeover_us": []}
         known = {incident["id"] for incident in host.incidents()}
         victim, kill_times = None, []
         for _ in range(kills):
@@ -58,6 +65,7 @@ def _step(world, nics, queue_pairs, kills, rate):
             known.add(incident["id"])
             host.wait_whole(not_pid=victim)
             found["standby_s"].append((time.monotonic_ns() - at) / 1e9)
+            found["awake_us"].append(incident["timeline_ns"]["heir_awake"] / 1000)
             found["takeover_us"].append(incident["timeline_ns"]["replayed"] / 1000)
             kill_times.append((at, incident["fence_time_ns"] + incident["timeline_ns"]["first_transaction"]))
         pair = host.pair()
@@ -83,15 +91,20 @@ def run(world, report, quick, only=None):
     kills, rate = (1, 50_000) if quick else (7, 200_000)
     base = None
     for nics, queue_pairs in QUICK_STEPS if quick else STEPS:
+        if not wanted(only, nics=nics, queue_pairs=nics * queue_pairs):
+            continue
         found, memory, cpu, provided, account = _step(world, nics, queue_pairs, kills, rate)
         base = base or (nics, memory)
         more = {}
         for member in ("active", "standby"):
-            more[f"{member}_private_kib"] = memory[member]["private"]
+            more[f"{member}_own_kib"] = memory[member]["own"]
             if nics > base[0]:
-                more[f"{member}_kib_per_nic"] = round((memory[member]["private"] - base[1][member]["private"]) / (nics - base[0]))
+                more[f"{member}_kib_per_nic"] = round((memory[member]["own"] - base[1][member]["own"]) / (nics - base[0]))
         report.row({"nics": nics, "queue_pairs": nics * queue_pairs}, "tandem", "us", found["all_flows_us"],
-                   first_flow_us=median(found["resume_us"]), takeover_us=median(found["takeover_us"]),
-                   new_standby_s=median(found["standby_s"]), provide_s=provided, standby_cpu_percent=cpu, **more, **account)
+                   first_flow_us=median(found["resume_us"]), awake_us=median(found["awake_us"]),
+                   takeover_us=median(found["takeover_us"]),
+                   new_standby_s=median(found["standby_s"]), provide_s=provided, standby_cpu_percent=cpu, pss_kib=memory, **more,
+                   **account)
     report.note("us: from the kill until every flow came again; the load stays the same, so more flows are each slower and the "
-                "last one's turn comes later. private_kib: smaps_rollup, private pages; per NIC against the first row")
+                "last one's turn comes later. own_kib: proportional share of all but memfds, with page tables; per NIC against the "
+                "first row. The JSON has the shares of frames, rings and guests' memory as pss_kib")

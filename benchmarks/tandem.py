@@ -2,11 +2,10 @@
 """A whole Tandem for a benchmark: vault, supervisor, pairs, and NICs without libvirt."""
 import json
 import os
-import signal
 import socket
 import struct
 
-from world import BACKEND_CORE, CannotRun, end, pin, wait_for
+from world import BACKEND_CORE, Failed, wait_for
 
 MAC = "52:54:00:12:34:56"
 PACKED = 34  # VIRTIO_F_RING_PACKED
@@ -82,9 +81,9 @@ class Tandem:
         except (OSError, ValueError) as error:
             if quiet:
                 return None
-            raise CannotRun(f"ask tandemd: {error}{self._log_hint()}") from error
+            raise Failed(f"ask tandemd: {error}{self._log_hint()}") from error
         if not answer.get("ok") and not quiet:
-            raise CannotRun(f"tandemd refused {request['command']}: {answer.get('error')}")
+            raise Failed(f"tandemd refused {request['command']}: {answer.get('error')}")
         return answer
 
     def socket(self, mac=MAC):
@@ -134,9 +133,7 @@ def offered_features(path):
         while len(answer) < 20:
             piece = client.recv(20 - len(answer))
             if not piece:
-                raise CannotRun(f"{path} closed the connection instead of naming its features")
+                raise Failed(f"{path} closed the connection instead of naming its features")
             answer += piece
     return struct.unpack("<Q", answer[12:])[0]
 
-
-__all__ = ["MAC", "PACKED", "Tandem", "offered_features", "end", "pin", "signal"]

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 
-from world import BACKEND_CORE, GUEST_CORE, NICE, CannotRun, wait_for
+from world import BACKEND_CORE, GUEST_CORE, NICE, Failed, wait_for
 
 _PACKAGE = "dpdk-dev"
 
@@ -23,8 +23,9 @@ class Testpmd:
         world.need_huge_pages()
         # --single-file-segments: virtio_user shares its memory by descriptor, and a front end has at most 8 regions.
         # stdbuf: its answers go through stdio, its prompt does not; unbuffered they come in the order of the commands.
-        words = ["nice", "-n", str(NICE), "stdbuf", "-oL", world.tool("dpdk-testpmd", _PACKAGE), "--no-pci", "-l", f"{BACKEND_CORE},{GUEST_CORE}", "--main-lcore", str(main),
-                 "--in-memory", "--single-file-segments", "-m", str(socket_memory), "--no-telemetry",
+        words = ["nice", "-n", str(NICE), "stdbuf", "-oL", world.tool("dpdk-testpmd", _PACKAGE), "--no-pci", "-l",
+                 f"{BACKEND_CORE},{GUEST_CORE}", "--main-lcore", str(main), "--in-memory", "--single-file-segments", "-m",
+                 str(socket_memory), "--no-telemetry",
                  f"--file-prefix=benchmark{os.getpid()}x{Testpmd._number}"]
         for vdev in vdevs:
             words += ["--vdev", vdev]
@@ -52,16 +53,16 @@ class Testpmd:
             self.child.stdin.write(f"{text}\n{mark}\n")
             self.child.stdin.flush()
         except OSError as error:
-            raise CannotRun(f"tell testpmd '{text}': it is gone; it said: {self.last_words()}") from error
+            raise Failed(f"tell testpmd '{text}': it is gone; it said: {self.last_words()}") from error
         answer = []
         end = time.monotonic() + limit
         while True:
             try:
                 line = self._lines.get(timeout=max(0.01, end - time.monotonic()))
             except queue.Empty:
-                raise CannotRun(f"testpmd did not answer '{text}' within {limit} s; it said: {self.last_words()}") from None
+                raise Failed(f"testpmd did not answer '{text}' within {limit} s; it said: {self.last_words()}") from None
             if line is None:
-                raise CannotRun(f"testpmd ended at '{text}'; it said: {self.last_words()}")
+                raise Failed(f"testpmd ended at '{text}'; it said: {self.last_words()}")
             if mark in line:
                 return "".join(answer)
             answer.append(line)
@@ -74,7 +75,7 @@ class Testpmd:
         text = self.command(f"show port stats {port}")
         received, sent = re.search(r"RX-packets:\s*(\d+)", text), re.search(r"TX-packets:\s*(\d+)", text)
         if received is None or sent is None:
-            raise CannotRun(f"read testpmd's port statistics in: {text}")
+            raise Failed(f"read testpmd's port statistics in: {text}")
         return int(received.group(1)), int(sent.group(1))
 
     def rates(self, seconds, port=0):
@@ -84,7 +85,7 @@ class Testpmd:
         text = self.command(f"show port stats {port}")
         found = [re.search(rf"{way}-pps:\s*(\d+)", text) for way in ("Rx", "Tx")]
         if None in found:
-            raise CannotRun(f"read testpmd's rates in: {text}")
+            raise Failed(f"read testpmd's rates in: {text}")
         return tuple(int(match.group(1)) for match in found)
 
     def close(self):

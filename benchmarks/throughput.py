@@ -10,6 +10,7 @@ import time
 
 import tandem
 import testpmd
+from results import wanted
 
 # What the guest does, and which of its two counters (received, sent) count.
 DIRECTIONS = {"rxonly": ("rxonly", (True, False)), "txonly": ("txonly", (False, True)), "both": ("io", (True, True))}
@@ -66,7 +67,6 @@ def _offers_packed(world):
 
 
 def run(world, report, quick, only=None):
-    """`only`: a filter on dimensions, as {"direction": "rxonly"}."""
     rounds, seconds = (1, 0.3) if quick else (5, 2.0)
     world.tool("dpdk-testpmd", "dpdk-dev")
     rings = ["split"]
@@ -79,7 +79,7 @@ def run(world, report, quick, only=None):
     if quick:
         cases = [case for case in cases if case["bytes"] == 64 and case["mergeable"]]
     for case in cases:
-        if any(case[key] != value for key, value in (only or {}).items()):
+        if not wanted(only, **case):
             continue
         words = (case["direction"], case["bytes"], case["mergeable"], case["ring"] == "packed", seconds)
         samples = {"tandem": [], "testpmd": []}

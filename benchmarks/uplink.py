@@ -10,6 +10,7 @@ import time
 
 import tandem
 import testpmd
+from results import wanted
 from world import CannotRun
 
 OURS, THEIRS = "up0", "up1"
@@ -61,6 +62,8 @@ def _testpmd(world, length, seconds):
 def run(world, report, quick, only=None):
     rounds, seconds = (1, 0.5) if quick else (5, 3.0)
     for length in (64,) if quick else (64, 512, 1514):
+        if not wanted(only, bytes=length):
+            continue
         samples = {"tandem": [], "testpmd": []}
         for _ in range(rounds):
             for system, measure in (("tandem", _tandem), ("testpmd", _testpmd)):
@@ -72,7 +75,7 @@ def run(world, report, quick, only=None):
                         _ip("link", "set", end, "up")
                     samples[system].append(measure(world, length, seconds) / 1e6)
                 except CannotRun as error:
-                    report.skip(f"{system}, {length} B", str(error))
+                    report.could_not(f"{system}, {length} B", error)
                 finally:
                     _ip("link", "del", OURS)
         for system, found in samples.items():

@@ -23,15 +23,28 @@ class CannotRun(Exception):
     """This host lacks something; the text says what."""
 
 
+class Failed(CannotRun):
+    """Everything was there, and it did not work."""
+
+
+def furnish_namespaces():
+    """Once, in fresh namespaces: a sysfs that shows this network namespace, an empty bpffs, loopback."""
+    for words in (("mount", "-t", "sysfs", "sysfs", "/sys"), ("mount", "-t", "bpf", "bpf", "/sys/fs/bpf"),
+                  ("ip", "link", "set", "lo", "up")):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise CannotRun(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
 def wait_for(event, limit, what, period=0.002):
-    """The first true value of event(); CannotRun with `what` after `limit` seconds."""
+    """The first true value of event(); Failed with `what` after `limit` seconds."""
     end = time.monotonic() + limit
     while True:
         value = event()
         if value:
             return value
         if time.monotonic() > end:
-            raise CannotRun(f"{what}: not within {limit} s")
+            raise Failed(f"{what}: not within {limit} s")
         time.sleep(period)
 
 
@@ -55,13 +68,8 @@ class World:
         self._huge_pages = None
 
     def __enter__(self):
-        if os.geteuid() != 0:
-            raise CannotRun("needs root for namespaces, BPF and huge pages")
         if len(os.sched_getaffinity(0)) < 2:
             raise CannotRun("needs two CPUs: one for the backend, one for the guest")
-        for source, target, kind in (("sysfs", "/sys", "sysfs"), ("bpf", "/sys/fs/bpf", "bpf")):
-            subprocess.run(("mount", "-t", kind, source, target), check=True)
-        subprocess.run(("ip", "link", "set", "lo", "up"), check=True)
         # Nobody's core dump shall lengthen a blackout.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.directory = tempfile.mkdtemp(prefix="tandem-benchmark-")
@@ -134,12 +142,3 @@ def end(child, patience=30):
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-
-
-def pin(pid, core):
-    """All threads of a process on one core."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        try:
-            os.sched_setaffinity(int(thread), {core})
-        except ProcessLookupError:
-            pass
