@@ -74,6 +74,10 @@ class Switch:
         except (OSError, ValueError):
             return None
 
+    def given_up(self):
+        """Whether the monitor has ended: then nobody restarts anything."""
+        return self._daemon.poll() is not None
+
     def close(self):
         # The monitor must not start what we end: it goes with the child it waits for if that ends by SIGTERM.
         pid = self.pid()

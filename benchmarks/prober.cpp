@@ -213,6 +213,7 @@ void Prober::keep_connections(std::uint64_t now) {
       if (!end.connected()) connections_.push_back({{"nic", i}, {"at_ns", now}, {"event", "closed"}});
     } else if (end.connect()) {
       connections_.push_back({{"nic", i}, {"at_ns", now_ns()}, {"event", "connected"}});
+      round_ns_ = 0;  // the wait for the back end's answers was not ours
     }
   }
 }

@@ -17,7 +17,7 @@ class Testpmd:
 
     _number = 0
 
-    def __init__(self, world, core, vdevs, arguments, socket_memory=256):
+    def __init__(self, world, core, vdevs, arguments, socket_memory=96):
         Testpmd._number += 1
         main = GUEST_CORE if core == BACKEND_CORE else BACKEND_CORE
         world.need_huge_pages()
@@ -29,7 +29,8 @@ class Testpmd:
                  f"--file-prefix=benchmark{os.getpid()}x{Testpmd._number}"]
         for vdev in vdevs:
             words += ["--vdev", vdev]
-        words += ["--", "-i", "--nb-cores=1", *arguments]
+        # Its default of mbufs is made for 32 ports.
+        words += ["--", "-i", "--nb-cores=1", "--total-num-mbufs=16384", *arguments]
         self._world = world
         self.child = world.start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self._lines = queue.Queue()

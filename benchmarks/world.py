@@ -15,7 +15,7 @@ import time
 BACKEND_CORE = 0
 GUEST_CORE = 1
 NICE = -10  # of everybody who polls: what tandemd gives poll threads (pair.nice), peers and guests get too
-HUGE_PAGES = 384  # of 2 MiB: two testpmds, and a third that is starting while the second one dies
+HUGE_PAGES = 192  # of 2 MiB: two testpmds of 96 MiB and a third that starts while one dies, or an OVS of 256 MiB
 _HUGE = "/proc/sys/vm/nr_hugepages"
 
 
@@ -91,8 +91,13 @@ class World:
         if free >= HUGE_PAGES:
             return
         before = _number(_HUGE)
-        with open(_HUGE, "w", encoding="ascii") as file:
-            file.write(str(before + HUGE_PAGES - free))
+        for _ in range(5):
+            with open(_HUGE, "w", encoding="ascii") as file:
+                file.write(str(before + HUGE_PAGES - free))
+            if _free_huge_pages() >= HUGE_PAGES:
+                break
+            with open("/proc/sys/vm/compact_memory", "w", encoding="ascii") as file:
+                file.write("1")
         # What was there at first, and what we left: if it is another number at the end, somebody else changed it as well.
         self._huge_pages = (before if self._huge_pages is None else self._huge_pages[0], _number(_HUGE))
         if _free_huge_pages() < HUGE_PAGES:
