@@ -68,7 +68,7 @@ Status Controller::greet(std::uint64_t tsc_hz) {
   WelcomeBody welcome;
   if (header->type != ControlType::kWelcome ||
       !read_body(std::span(message->bytes).subspan(sizeof(ControlHeader)), welcome) || welcome.shard_count == 0 ||
-      welcome.shard_count > kMaxShards || message->fds.size() != 2 + 2 * welcome.shard_count)
+      welcome.shard_count > kMaxShards || message->fds.size() != 2 + 3 * welcome.shard_count)
     return malformed("welcome");
 
   auto segment = Mapping::map(message->fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment",
@@ -90,7 +90,9 @@ Status Controller::greet(std::uint64_t tsc_hz) {
     auto ring = WakeRing::open(std::move(message->fds[2 + i]));
     if (!ring) return within("open the fence's wake ring", std::move(ring.error()));
     DeadManSwitch timer{std::move(message->fds[2 + welcome.shard_count + i])};
-    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring), std::move(timer));
+    UniqueFd bell = std::move(message->fds[2 + 2 * welcome.shard_count + i]);
+    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring), std::move(timer),
+                             std::move(bell));
     if (!shard) return tl::make_unexpected(std::move(shard.error()));
     shards_.push_back(std::move(*shard));
   }
@@ -150,11 +152,17 @@ Status Controller::obey(ChannelMessage message) {
     case ControlType::kArm: {
       ArmBody arm;
       if (!read_body(body, arm) || arm.shard >= shards_.size() || arm.tag == 0) return malformed("arm");
-      std::shared_ptr<Watchdog> owner;
-      if (arm.owner_pid != 0 && message.fds.size() == 1)
-        owner = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.owner_pid),
-                                           static_cast<pid_t>(arm.owner_tid));
-      shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(owner)});
+      std::shared_ptr<Watchdog> peer;
+      if (arm.peer_tag != 0 && message.fds.size() == 1)
+        peer = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.peer_pid),
+                                          static_cast<pid_t>(arm.peer_tid), arm.peer_tag);
+      shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(peer)});
+      return {};
+    }
+    case ControlType::kHandOver: {
+      ShardBody shard;
+      if (!read_body(body, shard) || shard.shard >= shards_.size()) return malformed("hand over");
+      shards_[shard.shard]->post(HandOverCommand{});
       return {};
     }
     case ControlType::kDrill: {
@@ -224,6 +232,11 @@ void Controller::relay(std::uint32_t shard, ShardEvent& event) {
     sent = report(ControlType::kTookOver, TakeoverBody{shard, 0, took_over->timeline});
   } else if (const auto* first = std::get_if<FirstTransactionEvent>(&event)) {
     sent = report(ControlType::kFirstTransaction, TakeoverBody{shard, 0, first->timeline});
+  } else if (const auto* refused = std::get_if<NotHandedOverEvent>(&event)) {
+    RefusalBody refusal;
+    refusal.shard = shard;
+    std::snprintf(refusal.text, sizeof refusal.text, "%s", refused->text.c_str());
+    sent = report(ControlType::kNotHandedOver, refusal);
   } else if (const auto* text = std::get_if<ProblemEvent>(&event)) {
     problem(text->device, text->text);
   }

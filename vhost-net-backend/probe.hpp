@@ -21,6 +21,9 @@ enum class ProbePoint {
   kCompletionCleared,  ///< busy bits of completed frames cleared, completion ring's consumer not moved
   kTakeoverEpoch,      ///< heir holds the epoch, nothing replayed
   kTakeoverReplayed,
+  kHandoverAsked,    ///< heir: the request stands, the owner may not have seen it
+  kHandoverGranted,  ///< owner: the grant is echoed, the owner word still names it
+  kHandoverLetGo,    ///< former owner: the owner word names nobody
   kCount,
 };
 

@@ -20,8 +20,9 @@ namespace {
 
 // How long an owner polls without finding work before it goes to sleep: about the price of going to sleep and waking.
 constexpr std::uint64_t kIdleMicroseconds = 20;
-// What woke us, in epoll_event::data: the control thread, or a file of queue pair n.
+// What woke us, in epoll_event::data: the control thread, an heir that asks for a handover, or a file of queue pair n.
 constexpr std::uint64_t kMailbox = ~std::uint64_t{0};
+constexpr std::uint64_t kBell = kMailbox - 1;
 // While the uplink takes frames late, or a queue has no kick fd, sleep no longer than this.
 constexpr int kShortSleepMs = 1;
 // How often an heir looks whether a sleeping owner sleeps through work; everything else wakes it.
@@ -41,8 +42,9 @@ std::uint64_t monotonic_ns() {
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
 }
 
-Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer) {
-  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring), std::move(timer))};
+Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer,
+                                           UniqueFd bell) {
+  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring), std::move(timer), std::move(bell))};
   shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
@@ -124,7 +126,7 @@ void Shard::execute(PruneCommand& command) { prune(devices_[command.device], com
 
 void Shard::execute(ArmCommand& command) {
   tag_ = command.tag;
-  watchdog_ = std::move(command.owner);
+  watchdog_ = std::move(command.peer);
 }
 
 void Shard::execute(DrillCommand& command) {
@@ -212,10 +214,12 @@ void Shard::rebuild_pairs() {
       pairs_.push_back(pair);
     }
   }
-  build_epoll();
+  epoll_stale_ = true;
 }
 
+// Before the first sleep with these pairs, so that no takeover waits for it.
 void Shard::build_epoll() {
+  epoll_stale_ = false;
   epoll_ = UniqueFd{::epoll_create1(EPOLL_CLOEXEC)};
   kick_fd_missing_ = false;
   receive_event_armed_.assign(pairs_.size(), false);
@@ -226,6 +230,7 @@ void Shard::build_epoll() {
     return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) == 0 || errno == EEXIST;
   };
   bool complete = epoll_.get() >= 0 && add(wake_fd_.get(), EPOLLIN, kMailbox);
+  if (bell_) complete = add(bell_.get(), EPOLLIN | EPOLLET, kBell) && complete;
   for (std::size_t i = 0; i < pairs_.size(); ++i) {
     for (const BoundQueue* bound : {&pairs_[i].receive, &pairs_[i].transmit}) {
       if (!bound->queue.bound()) continue;
@@ -268,19 +273,29 @@ void Shard::wait_as_heir() {
   event.events = EPOLLIN;
   for (const int fd : {wake_fd_.get(), ring_.fd(), switch_.fd()})
     if (fd >= 0) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event);
+  // Edge-triggered: every ring is an edge, so neither process has to read the counter back.
+  event.events = EPOLLIN | EPOLLET;
+  if (bell_) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, bell_.get(), &event);
   while (!stop_) {
     run_commands();
+    if (hand_over_wanted_) {
+      ask_owner();
+      await_grant();
+    }
     // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
-    const std::uint32_t owner = owner_tag(state().owner.load(std::memory_order_acquire));
+    const std::uint64_t word = state().owner.load(std::memory_order_acquire);
     int period = kHeirPeriodMs;
-    if (tag_ != 0 && config_.fence->dead(owner)) {
-      if (holds_what_is_in_force()) return;
-      // What the dead owner put in force last is on its way to us; without it its record could not be replayed.
+    if (tag_ != 0 && config_.fence->dead(owner_tag(word))) {
+      if (!left_to_another(word) && holds_what_is_in_force()) return;
+      // What the dead owner put in force last is on its way to us; without it its record could not be replayed. Or we
+      // let go ourselves, and the heir that asked is on its way.
       period = kShortSleepMs;
-    } else if (tag_ != 0 && watchdog_)
-      watch_owner();
-    epoll_event woken[3];
-    if (::epoll_wait(epoll.get(), woken, 3, period) < 0) continue;
+    } else if (tag_ != 0) {
+      follow_request();
+      if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
+    }
+    epoll_event woken[4];
+    if (::epoll_wait(epoll.get(), woken, 4, period) < 0) continue;
     ring_.drain();
     switch_.drain();
     std::uint64_t count = 0;
@@ -288,12 +303,16 @@ void Shard::wait_as_heir() {
   }
 }
 
-// Whether every description in force is held here, or has been waited for long enough.
-bool Shard::holds_what_is_in_force() {
-  const bool all = std::all_of(devices_.begin(), devices_.end(), [this](const Served& served) {
+bool Shard::holds_all_in_force() {
+  return std::all_of(devices_.begin(), devices_.end(), [this](const Served& served) {
     std::uint64_t generation = 0;
     return !served.uplink || find_in_force(served, generation) != nullptr || generation == 0;
   });
+}
+
+// Whether every description in force is held here, or has been waited for long enough.
+bool Shard::holds_what_is_in_force() {
+  const bool all = holds_all_in_force();
   const std::uint64_t now = monotonic_ns();
   if (missing_since_ns_ == 0) missing_since_ns_ = now;
   const bool late = now - missing_since_ns_ > kDescriptionLimitNs;
@@ -411,6 +430,7 @@ void Shard::poll_as_owner() {
       shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
       if (now - last_beat_ > beat_cycles) beat(now);
     }
+    if (shard.handover.request.load(std::memory_order_relaxed) != 0 && let_go()) return;
     if (has_commands_.load(std::memory_order_relaxed)) {
       run_commands();
       last_work = now;
@@ -428,6 +448,7 @@ void Shard::poll_as_owner() {
 }
 
 void Shard::sleep() {
+  if (epoll_stale_) build_epoll();
   {
     const WindowOpen window;
     for (QueuePair& pair : pairs_) {

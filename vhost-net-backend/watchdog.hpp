@@ -47,13 +47,15 @@ struct OwnerView {
 inline constexpr std::uint64_t kStarvedLimitNs = 1'000'000'000;
 HangVerdict judge(const OwnerView& view);
 
-/// The heir's end: the one owner it watches.
+/// The heir's end: the one thread that it watches while that owns the shard.
 class Watchdog {
  public:
   Watchdog() = default;
-  /// `pidfd` of process `pid`, whose thread `tid` owns the shard.
-  Watchdog(UniqueFd pidfd, pid_t pid, pid_t tid) : pidfd_(std::move(pidfd)), pid_(pid), tid_(tid) {}
+  /// `pidfd` of process `pid`, whose thread `tid` is incarnation `tag`.
+  Watchdog(UniqueFd pidfd, pid_t pid, pid_t tid, std::uint32_t tag)
+      : pidfd_(std::move(pidfd)), pid_(pid), tid_(tid), tag_(tag) {}
   explicit operator bool() const { return static_cast<bool>(pidfd_); }
+  [[nodiscard]] std::uint32_t tag() const { return tag_; }
 
   /// Thread state letter and whether it uses CPU; takes some hundred microseconds for a runnable thread.
   void look(OwnerView& view) const;
@@ -64,6 +66,7 @@ class Watchdog {
   UniqueFd pidfd_;
   pid_t pid_ = 0;
   pid_t tid_ = 0;
+  std::uint32_t tag_ = 0;
 };
 
 }  // namespace tandem

@@ -5,7 +5,8 @@
 // whoever takes it over: a crashed owner may have damaged it. Nothing in it is a pointer.
 //
 // Who writes: a shard's fields, its record, and its queue pairs' states only the thread that owns the shard. The owner
-// word only an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence).
+// word an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence), and the owner
+// itself when it lets go in a planned handover (docs/handover.md).
 #pragma once
 
 #include <atomic>
@@ -18,7 +19,7 @@
 namespace tandem {
 
 inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
-inline constexpr std::uint32_t kSegmentVersion = 1;
+inline constexpr std::uint32_t kSegmentVersion = 2;
 inline constexpr std::uint32_t kMaxShards = 8;
 inline constexpr std::uint32_t kMaxDevices = 64;
 inline constexpr std::uint32_t kMaxQueuePairs = 256;
@@ -66,6 +67,13 @@ enum class HangVerdict : std::uint32_t {
   kStarved = 4,         ///< got no CPU for so long that waiting on makes no sense
 };
 
+/// How a shard changed hands.
+enum class TakeoverKind : std::uint32_t {
+  kFailover = 0,   ///< the owner is dead, or there never was one
+  kHandover = 1,   ///< the owner let go, for the heir that had asked
+  kTakenBack = 2,  ///< the owner had let go, the heir did not come in time: it owns again
+};
+
 /// How a shard came to its present owner; times are CLOCK_MONOTONIC ns, 0 for "did not happen (yet)".
 struct TakeoverTimeline {
   std::uint64_t previous_tag;
@@ -85,14 +93,30 @@ struct TakeoverTimeline {
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over
   HangVerdict verdict;        ///< kNone: it died by itself
-  std::uint32_t reserved;
+  TakeoverKind kind;
   std::uint64_t verdict_ns;
+  std::uint64_t requested_ns;  ///< handover: when the heir asked, and when the owner let go
+  std::uint64_t granted_ns;
+};
+
+/// A planned handover, in the making or the last one (docs/handover.md).
+struct Handover {
+  /// epoch << 32 | nonce: an heir asks the owner of this epoch to let go. Written by the heir, last; 0: nobody asks.
+  std::atomic<std::uint64_t> request;
+  /// The request that was granted, echoed by the owner before it lets go of the owner word.
+  std::atomic<std::uint64_t> grant;
+  std::atomic<std::uint32_t> heir_tag;   ///< who asks
+  std::atomic<std::uint32_t> owner_tag;  ///< who granted
+  std::atomic<std::uint64_t> requested_ns;
+  std::atomic<std::uint64_t> granted_ns;
 };
 
 struct alignas(64) ShardState {
-  /// epoch << 32 | low 32 bits of the owner's fence tag. Epoch 0, tag 0: never owned.
+  /// epoch << 32 | low 32 bits of the owner's fence tag. Tag 0: nobody owns, any armed heir may take it; with epoch 0
+  /// nobody ever has, with another one its owner has let go.
   std::atomic<std::uint64_t> owner;
-  std::uint64_t reserved0[7];
+  Handover handover;
+  std::uint64_t reserved0[2];
   /// Written by the supervisor: how long an owner may stand still, in ns (the smallest limits of the NICs it serves).
   alignas(64) std::atomic<std::uint64_t> spin_limit_ns;
   std::atomic<std::uint64_t> blocked_limit_ns;
@@ -121,7 +145,7 @@ constexpr std::uint32_t owner_epoch(std::uint64_t word) { return static_cast<std
 constexpr std::uint32_t owner_tag(std::uint64_t word) { return static_cast<std::uint32_t>(word); }
 
 static_assert(sizeof(VringCursors) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
-static_assert(sizeof(TakeoverTimeline) <= 128);
+static_assert(sizeof(TakeoverTimeline) <= 128 && sizeof(Handover) == 40);
 static_assert(offsetof(ShardState, heartbeat_tsc) == 128 && offsetof(ShardState, takeover) == 192);
 static_assert(offsetof(ShardState, record) == 320);
 static_assert(std::is_standard_layout_v<Segment>);

@@ -33,7 +33,7 @@ int print(const Options& options, const tandem::Result<json>& answer, std::strin
   return 0;
 }
 
-std::string incident_of(const json& answer) { return tandem::incident_text(answer.at("incident")); }
+std::string incidents_of(const json& answer) { return tandem::incident_table(answer); }
 
 int host_validate(const Options& options) {
   bool failed = false;
@@ -80,14 +80,17 @@ int main(int argc, char** argv) {
   auto* status = app.add_subcommand("status", "pairs and NICs");
   auto* incidents = app.add_subcommand("incidents", "failovers, newest last");
   auto* drill = app.add_subcommand("drill", "make the active backend fail and report the failover");
+  auto* switchover =
+      app.add_subcommand("switchover", "let the standby take over from the active backend, which lives on");
   auto* validate = app.add_subcommand("host-validate", "check what this host has and lacks");
   auto* hook_command =
       app.add_subcommand("hook", "for libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, XML on stdin");
-  for (auto* command : {status, incidents, drill, validate})
+  for (auto* command : {status, incidents, drill, switchover, validate})
     command->add_flag("--json", options.json, "JSON instead of a table");
   std::string pair = "default";
   std::string fault = "segv";
   drill->add_option("--pair", pair, "pair to drill");
+  switchover->add_option("--pair", pair, "pair to switch over");
   drill->add_option("--fault", fault, "how to fail")->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block"}));
   std::vector<std::string> words;
   hook_command->add_option("words", words, "libvirt's arguments");
@@ -99,7 +102,10 @@ int main(int argc, char** argv) {
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "incidents"}}), tandem::incident_table);
   if (drill->parsed())
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "drill"}, {"pair", pair}, {"fault", fault}}),
-                 incident_of);
+                 incidents_of);
+  if (switchover->parsed())
+    return print(options, tandem::ask_tandemd(options.socket, {{"command", "switchover"}, {"pair", pair}}),
+                 incidents_of);
   if (validate->parsed()) return host_validate(options);
   return hook(options, words);
 }

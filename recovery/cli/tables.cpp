@@ -84,18 +84,17 @@ std::string status_table(const nlohmann::json& status) {
 
 std::string incident_table(const nlohmann::json& incidents) {
   std::vector<Row> rows{
-      {"Id", "Time", "Pair", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
+      {"Id", "Time", "Pair", "Kind", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
   for (const auto& incident : incidents.at("incidents")) {
     const auto& timeline = incident["timeline_ns"];
     const auto& replayed = incident["replayed"];
     rows.push_back({show(incident["id"]), local_time(incident["time_ms"].get<std::int64_t>()), show(incident["pair"]),
-                    show(incident["cause"]), show(incident["owner_state"]), microseconds(timeline["heir_awake"]),
-                    microseconds(timeline["replayed"]), microseconds(timeline["first_transaction"]),
+                    incident.value("kind", "failover"), show(incident["cause"]), show(incident["owner_state"]),
+                    microseconds(timeline["heir_awake"]), microseconds(timeline["replayed"]),
+                    microseconds(timeline["first_transaction"]),
                     replayed["armed"].get<bool>() ? show(replayed["packets"]) + " packets" : "nothing"});
   }
   return lay_out(rows);
 }
-
-std::string incident_text(const nlohmann::json& incident) { return incident_table({{"incidents", {incident}}}); }
 
 }  // namespace tandem

@@ -29,6 +29,18 @@ nlohmann::json hang_name(HangVerdict verdict) {
   return "unknown";
 }
 
+const char* kind_name(TakeoverKind kind) {
+  switch (kind) {
+    case TakeoverKind::kFailover:
+      return "failover";
+    case TakeoverKind::kHandover:
+      return "handover";
+    case TakeoverKind::kTakenBack:
+      return "handover taken back";
+  }
+  return "unknown";
+}
+
 nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   if (time == 0 || zero == 0) return nullptr;
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
@@ -42,6 +54,7 @@ std::string signal_name(int signal) {
 }
 
 std::string Incident::cause() const {
+  if (planned()) return "planned";
   if (reaped && exit_signal != 0) return signal_name(exit_signal);
   if (reaped) return "exit " + std::to_string(exit_status);
   if (slot.cause == TANDEM_FENCE_SIGNAL) return signal_name(static_cast<int>(slot.signal));
@@ -49,7 +62,7 @@ std::string Incident::cause() const {
 }
 
 nlohmann::json Incident::to_json() const {
-  const std::uint64_t zero = timeline.fence_ns;
+  const std::uint64_t zero = planned() ? timeline.requested_ns : timeline.fence_ns;
   nlohmann::json replayed{{"armed", timeline.record_armed != 0}};
   if (timeline.record_armed != 0) {
     replayed["valid"] = timeline.record_valid != 0;
@@ -62,20 +75,25 @@ nlohmann::json Incident::to_json() const {
           {"pair", pair},
           {"shard", shard},
           {"time_ms", wall_clock_ms},
+          {"kind", kind_name(timeline.kind)},
           {"cause", cause()},
           {"signal", exit_signal != 0 ? exit_signal : static_cast<std::int32_t>(slot.signal)},
           {"thread_signal", slot.signal},
-          {"victim_pid", victim_pid},
+          {planned() ? "former_pid" : "victim_pid", victim_pid},
           {"heir_pid", heir_pid},
           {"epoch", timeline.epoch},
-          {"detected_by", timeline.verdict == HangVerdict::kNone ? "fence" : "watchdog"},
+          {"detected_by", planned()                                ? "request"
+                          : timeline.verdict == HangVerdict::kNone ? "fence"
+                                                                   : "watchdog"},
           {"hang", hang_name(timeline.verdict)},
-          {"fence_time_ns", zero},
+          {"fence_time_ns", timeline.fence_ns},
           {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
           {"timeline_ns",
            {{"last_heartbeat", relative(timeline.last_heartbeat_ns, zero)},
             {"hang_verdict", relative(timeline.verdict_ns, zero)},
-            {"fenced", 0},
+            {"requested", relative(timeline.requested_ns, zero)},
+            {"granted", relative(timeline.granted_ns, zero)},
+            {"fenced", planned() ? nlohmann::json(nullptr) : nlohmann::json(0)},
             {"heir_awake", relative(timeline.awake_ns, zero)},
             {"epoch_taken", relative(timeline.epoch_ns, zero)},
             {"replayed", relative(timeline.replayed_ns, zero)},

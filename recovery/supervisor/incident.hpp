@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Incident: the record of one failover, kept in memory and as a JSON file.
+// Incident: the record of one failover or planned handover, kept in memory and as a JSON file.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,15 @@
 
 namespace tandem {
 
-/// What is known of one failover; grows as reports come in. Times are CLOCK_MONOTONIC ns unless named otherwise.
+/// What is known of one failover or handover (timeline.kind); grows as reports come in. Times are CLOCK_MONOTONIC ns
+/// unless named otherwise.
 struct Incident {
   std::uint64_t id = 0;
   std::string pair;
   std::uint32_t shard = 0;
   std::int64_t wall_clock_ms = 0;  ///< since 1970, UTC
   tandem_fence_slot slot{};        ///< what the fence saw of the dead thread
-  std::int32_t victim_pid = 0;
+  std::int32_t victim_pid = 0;     ///< who owned before; after a handover it lives on
   std::int32_t heir_pid = 0;
   bool reaped = false;
   std::int32_t exit_signal = 0;  ///< of the process; 0 if it exited by itself
@@ -29,9 +30,11 @@ struct Incident {
   TakeoverTimeline timeline{};
   bool closed = false;  ///< nothing more will be added
 
-  /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw.
+  [[nodiscard]] bool planned() const { return timeline.kind != TakeoverKind::kFailover; }
+  /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw. "planned" for a
+  /// handover.
   [[nodiscard]] std::string cause() const;
-  /// Times in `timeline_ns` are relative to the fence's mark; absent ones are null.
+  /// Times in `timeline_ns` are relative to the fence's mark, those of a handover to its request; absent ones are null.
   [[nodiscard]] nlohmann::json to_json() const;
 };
 

@@ -61,10 +61,9 @@ class Member {
   ExitStatus reap();
 
   enum class Stage { kStarting, kReady, kArmed, kOwner, kDead } stage = Stage::kStarting;
-  std::vector<pid_t> threads;        ///< poll threads' tids, one per shard
-  std::vector<std::uint32_t> tags;   ///< their fence tags
-  std::vector<std::uint32_t> rings;  ///< their wake rings
-  std::uint32_t shards_owned = 0;
+  std::vector<pid_t> threads;                   ///< poll threads' tids, one per shard
+  std::vector<std::uint32_t> tags;              ///< their fence tags
+  std::vector<std::uint32_t> rings;             ///< their wake rings
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
   EventLoop::Source on_message, on_exit;

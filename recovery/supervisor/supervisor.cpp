@@ -28,8 +28,9 @@ using namespace std::chrono_literals;
 
 // A thread that waits for a CPU is starved, not hung; nobody waits longer than this without an alarm.
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
-// An incident is closed this long after its takeover even if no packet came.
+// An incident is closed this long after its takeover even if no packet came; that of a handover waits for nothing else.
 constexpr auto kIncidentOpen = 2s;
+constexpr auto kHandoverOpen = 200ms;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
 
 std::uint64_t now_ns() {
@@ -411,13 +412,14 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.timeline = timeline;
   incident.victim_pid = victim;
   incident.heir_pid = heir;
-  if (const auto exit = exits_.find(victim); exit != exits_.end()) {
+  if (const auto exit = exits_.find(victim); exit != exits_.end() && !incident.planned()) {
     incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
   const std::uint64_t id = incidents_->add(incident).id;
-  incident_limits_[id] = loop_.after(kIncidentOpen, [this, id] { close_incident(id); });
+  incident_limits_[id] =
+      loop_.after(incident.planned() ? kHandoverOpen : kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
 }
 
@@ -425,7 +427,7 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
   for (Incident& incident : incidents_->recent()) {
     if (incident.pair != pair.name() || incident.shard != shard || incident.timeline.epoch != timeline.epoch) continue;
     incident.timeline.first_transaction_ns = timeline.first_transaction_ns;
-    if (incident.reaped && !incident.closed) close_incident(incident.id);
+    if ((incident.reaped || incident.planned()) && !incident.closed) close_incident(incident.id);
   }
 }
 
@@ -434,7 +436,7 @@ void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   exits_[pid] = status;
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
-    if (incident.victim_pid != pid || incident.reaped) continue;
+    if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
     incident.reaped = status.known;
     incident.exit_signal = status.signal;
     incident.exit_status = status.status;
@@ -455,7 +457,7 @@ void Supervisor::on_state(Pair& pair) {
     if (found->second->state() != PairState::kStopped)
       for (auto& done : std::exchange(when_stopped_[name], {})) done();
     check_provisioning();
-    check_drills();
+    check_awaited();
   });
 }
 
@@ -465,8 +467,14 @@ void Supervisor::close_incident(std::uint64_t id) {
   if (incident == nullptr || incident->closed) return;
   incident->closed = true;
   save_incident(*incident);
-  log_failover(*incident);
-  soon_["drills"] = loop_.soon([this] { check_drills(); });
+  const auto& timeline = incident->timeline;
+  if (incident->planned())
+    spdlog::info("pair {}: {} {}: backend {} owns {} us after the request", incident->pair,
+                 timeline.kind == TakeoverKind::kHandover ? "handover" : "handover taken back:", id, incident->heir_pid,
+                 (timeline.replayed_ns - timeline.requested_ns) / 1000);
+  else
+    log_failover(*incident);
+  soon_["awaited"] = loop_.soon([this] { check_awaited(); });
 }
 
 void Supervisor::save_incident(const Incident& incident) {

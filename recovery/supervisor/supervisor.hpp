@@ -43,6 +43,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void on_detached(Pair& pair, std::uint32_t device) override;
   void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                    pid_t heir) override;
+  void on_not_handed_over(Pair& pair, const std::string& why) override;
   void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
   void on_member_change(Pair& pair, Member& member) override;
   void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) override;
@@ -55,9 +56,12 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
     ControlServer::Answer answer;
     EventLoop::Timer limit;
   };
-  struct Drill {
+  // A drill or a switchover that waits for the incidents it leads to.
+  struct Awaited {
     std::string pair;
-    std::uint64_t incident = 0;
+    std::uint64_t after = 0;  ///< the newest incident before it
+    bool planned = false;     ///< a switchover
+    std::size_t incidents = 1;
     ControlServer::Answer answer;
     EventLoop::Timer limit;
   };
@@ -81,11 +85,13 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void prepare_domain(const DomainOption& domain, const ControlServer::Answer& answer);
   void release_domain(const std::string& name, const ControlServer::Answer& answer);
   void drill(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void switchover(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void await_incidents(Awaited awaited, const std::string& when_late);
   nlohmann::json status() const;
   nlohmann::json nic_status(const Nic& nic) const;
   nlohmann::json incident_list() const;
   void check_provisioning();
-  void check_drills();
+  void check_awaited();
 
   // NICs
   Status provision(const DomainOption& domain, const NicOption& option);
@@ -126,7 +132,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::map<std::string, std::unique_ptr<Pair>> pairs_;
   std::map<std::string, Nic> nics_;  // by MAC
   std::list<Provisioning> provisioning_;
-  std::list<Drill> drills_;
+  std::list<Awaited> awaited_;
   std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
   std::map<pid_t, ExitStatus> exits_;                          // of members whose takeover report may still come
   std::map<std::string, EventLoop::Timer> soon_;

@@ -49,7 +49,9 @@ void Supervisor::on_request(const nlohmann::json& request, const ControlServer::
   if (command == "incidents") return answer(incident_list());
   if (command == "hook") return on_hook(request, answer);
   if (command == "drill") return drill(request, answer);
-  answer(refusal("unknown command \"" + command + "\"; this tandemd knows status, incidents, hook and drill"));
+  if (command == "switchover") return switchover(request, answer);
+  answer(
+      refusal("unknown command \"" + command + "\"; this tandemd knows status, incidents, hook, drill and switchover"));
 }
 
 void Supervisor::on_hook(const nlohmann::json& request, const ControlServer::Answer& answer) {
@@ -152,25 +154,55 @@ void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answe
   if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin or block"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
-  drills_.push_back({pair->first, before, answer, {}});
-  Drill* stored = &drills_.back();
-  stored->limit = loop_.after(kDrillLimit, [this, stored] {
-    stored->answer(refusal("drill: the backend was told to fail, and no failover was recorded within 20 s"));
-    drills_.remove_if([stored](const Drill& other) { return &other == stored; });
+  await_incidents({pair->first, before, false, 1, answer, {}},
+                  "drill: the backend was told to fail, and no failover was recorded within 20 s");
+}
+
+void Supervisor::switchover(const nlohmann::json& request, const ControlServer::Answer& answer) {
+  const auto pair = pairs_.find(text_of(request, "pair"));
+  if (pair == pairs_.end())
+    return answer(
+        refusal("switch over: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
+  const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
+  if (auto started = pair->second->switchover(); !started) return answer(refusal(started.error().text));
+  await_incidents({pair->first, before, true, config_.shards, answer, {}},
+                  "switch over: the standby was told to ask for the shards, and did not get all of them within 20 s");
+}
+
+void Supervisor::await_incidents(Awaited awaited, const std::string& when_late) {
+  awaited_.push_back(std::move(awaited));
+  Awaited* stored = &awaited_.back();
+  stored->limit = loop_.after(kDrillLimit, [this, stored, when_late] {
+    const ControlServer::Answer answer = stored->answer;
+    awaited_.remove_if([stored](const Awaited& other) { return &other == stored; });
+    answer(refusal(when_late));
   });
 }
 
-void Supervisor::check_drills() {
-  for (auto entry = drills_.begin(); entry != drills_.end();) {
-    const Incident* found = nullptr;
+void Supervisor::check_awaited() {
+  for (auto entry = awaited_.begin(); entry != awaited_.end();) {
+    nlohmann::json found = nlohmann::json::array();
     for (const Incident& incident : incidents_->recent())
-      if (incident.id > entry->incident && incident.pair == entry->pair && incident.closed) found = &incident;
-    if (found == nullptr) {
+      if (incident.id > entry->after && incident.pair == entry->pair && incident.planned() == entry->planned &&
+          incident.closed)
+        found.push_back(incident.to_json());
+    if (found.size() < entry->incidents) {
       ++entry;
       continue;
     }
-    entry->answer({{"ok", true}, {"incident", found->to_json()}});
-    entry = drills_.erase(entry);
+    entry->answer({{"ok", true}, {"incident", found.back()}, {"incidents", found}});
+    entry = awaited_.erase(entry);
+  }
+}
+
+void Supervisor::on_not_handed_over(Pair& pair, const std::string& why) {
+  for (auto entry = awaited_.begin(); entry != awaited_.end();) {
+    if (!entry->planned || entry->pair != pair.name()) {
+      ++entry;
+      continue;
+    }
+    entry->answer(refusal("switch over pair " + pair.name() + ": " + why));
+    entry = awaited_.erase(entry);
   }
 }
 

@@ -117,7 +117,7 @@ TEST_CASE("the hook's script: as the program, and safe without it") {
 TEST_CASE("without a tandemd every command says what to do, and exits with 1") {
   const Directory directory;
   const std::string program = virt_tandem(directory.at("nobody.sock"));
-  for (const char* command : {"status", "incidents", "drill"}) {
+  for (const char* command : {"status", "incidents", "drill", "switchover"}) {
     INFO(command);
     const Ended plain = directory.run(program + command);
     CHECK(plain.status == 1);

@@ -67,6 +67,7 @@ TEST_CASE("the cause of an incident") {
 TEST_CASE("an incident as JSON") {
   Incident incident = sample();
   json text = incident.to_json();
+  CHECK(text["kind"] == "failover");
   CHECK(text["cause"] == "SIGSEGV");
   CHECK(text["signal"] == SIGSEGV);
   CHECK(text["pair"] == "default");
@@ -81,6 +82,8 @@ TEST_CASE("an incident as JSON") {
   CHECK(text["complete"] == false);
   CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000},
                                     {"hang_verdict", nullptr},
+                                    {"requested", nullptr},
+                                    {"granted", nullptr},
                                     {"fenced", 0},
                                     {"heir_awake", 60'000},
                                     {"epoch_taken", 61'000},
@@ -105,6 +108,33 @@ TEST_CASE("an incident as JSON") {
   // Without the fence's mark there is nothing to be relative to.
   incident.timeline.fence_ns = 0;
   CHECK(incident.to_json()["timeline_ns"]["heir_awake"].is_null());
+}
+
+TEST_CASE("a handover is recorded as an incident that is no failure") {
+  Incident incident = sample();
+  incident.slot = {};
+  incident.timeline.kind = TakeoverKind::kHandover;
+  incident.timeline.fence_ns = 0;
+  incident.timeline.requested_ns = 5'050'000;
+  incident.timeline.granted_ns = 5'058'000;
+  json text = incident.to_json();
+  CHECK(text["kind"] == "handover");
+  CHECK(text["cause"] == "planned");
+  CHECK(text["detected_by"] == "request");
+  CHECK(text["signal"] == 0);
+  CHECK(text["former_pid"] == 100);
+  CHECK_FALSE(text.contains("victim_pid"));
+  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -51'000},
+                                    {"hang_verdict", nullptr},
+                                    {"requested", 0},
+                                    {"granted", 8000},
+                                    {"fenced", nullptr},
+                                    {"heir_awake", 10'000},
+                                    {"epoch_taken", 11'000},
+                                    {"replayed", 20'000},
+                                    {"first_transaction", nullptr}});
+  incident.timeline.kind = TakeoverKind::kTakenBack;
+  CHECK(incident.to_json()["kind"] == "handover taken back");
 }
 
 TEST_CASE("incidents become files, numbered on from what is there") {

@@ -123,6 +123,12 @@ class ShardStepper {
   /// Attach, describe and arm, as a supervisor does with a new standby.
   void hold(std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices);
   bool take_over();
+  /// A handover: as heir, ask the owner, and see what became of it; as owner, answer (true: it owns no more); as former
+  /// owner, whether the shard is to be left to the heir that asked.
+  void ask_owner();
+  void follow_request();
+  bool let_go();
+  bool left_to_another();
   bool poll_once();
   /// What the owner does before and after it sleeps, without the sleep: there is work or a file that wakes it at once.
   void sleep();
