@@ -16,11 +16,14 @@ _PACKAGE = "openvswitch-switch-dpdk"
 
 
 class Switch:
-    """A bridge with one port per name, all of which it floods broadcasts to. On the backend's core."""
+    """A bridge with one port per name, all of which it floods broadcasts to. On the backend's core.
+
+    With `null`, DPDK's arguments of a net_null device, that is one more port, and all goes between it and the only other one.
+    """
 
     _number = 0
 
-    def __init__(self, world, ports):
+    def __init__(self, world, ports, null=None):
         if not os.access(_DAEMON, os.X_OK):
             raise CannotRun(f"{_DAEMON} is not installed (Debian package {_PACKAGE}; benchmarks/install-peers)")
         Switch._number += 1
@@ -45,11 +48,18 @@ class Switch:
         for port in ports:
             self._control("add-port", "br-peer", port, "--", "set", "Interface", port, "type=dpdkvhostuserclient",
                           f"options:vhost-server-path={self.socket(port)}")
+        if null is not None:
+            self._control("add-port", "br-peer", "null", "--", "set", "Interface", "null", "type=dpdk",
+                          f"options:dpdk-devargs={null}")
         self._pidfile = f"{self.directory}/vswitchd.pid"
         self._daemon = world.start(("nice", "-n", str(NICE), _DAEMON, self._remote, f"--pidfile={self._pidfile}",
                                     f"--unixctl={self.directory}/vswitchd.ctl", f"--log-file={self.directory}/vswitchd.log",
                                     "--monitor", "--no-chdir"), f"ovs{Switch._number}.log", env=self._environment)
         wait_for(self.pid, 30, "ovs-vswitchd to start", 0.02)
+        if null is not None:
+            wait_for(lambda: os.path.exists(f"{self.directory}/br-peer.mgmt"), 30, "ovs-vswitchd to make its bridge", 0.02)
+            for here, there in ((ports[0], "null"), ("null", ports[0])):
+                self._run("ovs-ofctl", "add-flow", f"unix:{self.directory}/br-peer.mgmt", f"in_port={here},actions=output:{there}")
 
     def _run(self, name, *words):
         done = subprocess.run((self.world.tool(name, _PACKAGE), *words), env=self._environment, capture_output=True, text=True,

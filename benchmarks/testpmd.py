@@ -93,12 +93,17 @@ class Testpmd:
         self._world.forget(self.child)
 
 
-def guest(world, socket, mode, length=64, mergeable=True, packed=False, queue_size=1024):
-    """A guest on its core: `mode` is testpmd's (rxonly, txonly, io). It forwards when this returns."""
+def guest(world, socket, mode, length=64, mergeable=True, packed=False, queue_size=1024, listen=False):
+    """A guest on its core: `mode` is testpmd's (rxonly, txonly, io). It forwards when this returns.
+
+    `listen`: the backend connects to the guest, instead of the guest to it.
+    """
     vdev = (f"net_virtio_user0,path={socket},queues=1,queue_size={queue_size},mrg_rxbuf={int(mergeable)},"
-            f"packed_vq={int(packed)}")
+            f"packed_vq={int(packed)},server={int(listen)}")
     found = Testpmd(world, GUEST_CORE, [vdev],
                     [f"--forward-mode={mode}", f"--rxd={queue_size}", f"--txd={queue_size}", f"--txpkts={length}"])
+    if listen:
+        wait_for(lambda: "Link status: up" in found.command("show port info 0"), 30, "the backend to connect to the guest", 0.1)
     found.command("start")
     return found
 
