@@ -41,6 +41,9 @@ void fail_on_purpose(DrillFault fault, const std::byte* read_only) {
     case DrillFault::kBlock:
       ::pause();
       break;
+    case DrillFault::kExit:
+      // Not exit(): its handlers would run beside threads that are still at work.
+      ::_exit(EXIT_FAILURE);
   }
 }
 

@@ -402,6 +402,10 @@ void Shard::beat(std::uint64_t now) {
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
   const bool moved = transactions != std::exchange(transactions_at_beat_, transactions);
   if (!moved && std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return has_work(pair); })) return;
+  push_switch();
+}
+
+void Shard::push_switch() {
   const ShardState& shard = state();
   const std::uint64_t limit = std::min(shard.spin_limit_ns.load(std::memory_order_relaxed),
                                        shard.blocked_limit_ns.load(std::memory_order_relaxed));
@@ -441,6 +445,12 @@ void Shard::poll_as_owner() {
     } else if (config_.polling == Polling::kAdaptive && now - last_work > idle_cycles) {
       sleep();
       last_work = rte_rdtsc();
+      // To have woken is a sign of life. Without a push here a hang in the first round after a sleep, which found work
+      // and so does not push by itself, would wait for the heir's own slow look.
+      if (last_work - last_beat_ > beat_cycles) {
+        last_beat_ = last_work;
+        push_switch();
+      }
     } else {
       rte_pause();
     }

@@ -152,6 +152,7 @@ class Shard {
   bool holds_what_is_in_force();
   bool owner_sleeps_through_work();
   void beat(std::uint64_t now);
+  void push_switch();
   void poll_as_owner();
   bool poll_once();
   void sleep();

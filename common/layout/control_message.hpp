@@ -87,6 +87,7 @@ enum class DrillFault : std::uint32_t {
   kBusError = 3,  ///< a load beyond the end of a mapped file: SIGBUS
   kSpin = 4,      ///< an endless loop in the poll thread
   kBlock = 5,     ///< the poll thread sleeps without having said so
+  kExit = 6,      ///< the poll thread ends the process as exit() would
 };
 
 struct DrillBody {

@@ -91,7 +91,8 @@ int main(int argc, char** argv) {
   std::string fault = "segv";
   drill->add_option("--pair", pair, "pair to drill");
   switchover->add_option("--pair", pair, "pair to switch over");
-  drill->add_option("--fault", fault, "how to fail")->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block"}));
+  drill->add_option("--fault", fault, "how to fail")
+      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit"}));
   std::vector<std::string> words;
   hook_command->add_option("words", words, "libvirt's arguments");
   CLI11_PARSE(app, argc, argv);

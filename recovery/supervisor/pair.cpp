@@ -14,6 +14,8 @@
 #include <ctime>
 #include <fstream>
 
+#include "recovery/supervisor/member_message.hpp"
+
 namespace tandem {
 
 namespace {
@@ -32,13 +34,6 @@ std::uint64_t now_ns() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC, &now);
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
-
-template <class Body>
-bool read_body(const ChannelMessage& message, Body& body) {
-  if (message.bytes.size() != sizeof(ControlHeader) + sizeof body) return false;
-  std::memcpy(&body, message.bytes.data() + sizeof(ControlHeader), sizeof body);
-  return true;
 }
 
 // struct sched_attr (sched_setattr(2)); glibc 2.36 has neither it nor the call.
@@ -408,46 +403,37 @@ void Pair::on_channel(pid_t pid) {
 }
 
 void Pair::on_message(Member& member, const ChannelMessage& message) {
-  // A backend is hostile until checked: sizes, device numbers and stages.
-  ControlHeader header;
-  if (message.bytes.size() < sizeof header) return end(member, "it sent a message without a header");
-  std::memcpy(&header, message.bytes.data(), sizeof header);
-  if (header.magic != kControlMagic || header.version != kControlVersion)
-    return end(member, "it speaks control version " + std::to_string(header.version) + ", we speak " +
-                           std::to_string(kControlVersion));
-  DeviceBody device;
-  TakeoverBody takeover;
-  ReadyBody ready;
-  RefusalBody refusal;
-  ProblemBody problem;
-  if (header.type == ControlType::kReady && read_body(message, ready)) {
-    on_ready(member, ready);
-  } else if (header.type == ControlType::kHeld && read_body(message, device)) {
-    member.held[device.device] = device.generation;
-  } else if (header.type == ControlType::kInForce && read_body(message, device)) {
-    member.held[device.device] = device.generation;
-    prune_generations(device.device);
-    if (devices_.contains(device.device)) listener_.on_in_force(*this, device.device);
-  } else if (header.type == ControlType::kDetached && read_body(message, device)) {
-    note_detached(device.device, member.pid());
-  } else if (header.type == ControlType::kTookOver && read_body(message, takeover) && takeover.shard < config_.shards) {
-    on_took_over(member, takeover);
-  } else if (header.type == ControlType::kFirstTransaction && read_body(message, takeover)) {
-    listener_.on_first_transaction(*this, takeover.shard, takeover.timeline);
-  } else if (header.type == ControlType::kNotHandedOver && read_body(message, refusal)) {
-    refusal.text[sizeof refusal.text - 1] = '\0';
-    on_not_handed_over(refusal.text);
-  } else if (header.type == ControlType::kProblem && read_body(message, problem)) {
-    problem.text[sizeof problem.text - 1] = '\0';
-    spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(), problem.device, problem.text);
-  } else {
-    end(member, "it sent a malformed or unknown message (type " + std::to_string(static_cast<int>(header.type)) + ")");
+  const auto parsed = parse_member_message(message.bytes, config_.shards);
+  if (!parsed) return end(member, parsed.error().text);
+  const auto* device = std::get_if<DeviceBody>(&parsed->body);
+  const auto* takeover = std::get_if<TakeoverBody>(&parsed->body);
+  switch (parsed->type) {
+    case ControlType::kReady:
+      return on_ready(member, std::get<ReadyBody>(parsed->body));
+    case ControlType::kHeld:
+      member.held[device->device] = device->generation;
+      return;
+    case ControlType::kInForce:
+      member.held[device->device] = device->generation;
+      prune_generations(device->device);
+      if (devices_.contains(device->device)) listener_.on_in_force(*this, device->device);
+      return;
+    case ControlType::kDetached:
+      return note_detached(device->device, member.pid());
+    case ControlType::kTookOver:
+      return on_took_over(member, *takeover);
+    case ControlType::kFirstTransaction:
+      return listener_.on_first_transaction(*this, takeover->shard, takeover->timeline);
+    case ControlType::kNotHandedOver:
+      return on_not_handed_over(std::get<RefusalBody>(parsed->body).text);
+    default:
+      spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(),
+                   std::get<ProblemBody>(parsed->body).device, std::get<ProblemBody>(parsed->body).text);
   }
 }
 
 void Pair::on_ready(Member& member, const ReadyBody& ready) {
-  if (member.stage != Member::Stage::kStarting || ready.shard_count != config_.shards)
-    return end(member, "it reported ready out of turn");
+  if (member.stage != Member::Stage::kStarting) return end(member, "it reported ready out of turn");
   for (std::uint32_t i = 0; i < config_.shards; ++i) member.threads.push_back(static_cast<pid_t>(ready.thread_ids[i]));
   member.stage = Member::Stage::kReady;
   member.start_limit.reset();
@@ -474,7 +460,6 @@ void Pair::arm(Member& member) {
     if (tag == 0) return end(member, "every fence slot is taken; use fewer pairs and shards");
     member.tags.push_back(tag);
     tag_pids_[tag] = member.pid();
-    if (auto set = set_poll_priority(member.threads[i], config_.nice); !set) spdlog::warn("{}", set.error().text);
   }
   // The vault knows the tags before anyone can own under them.
   listener_.on_member_change(*this, member);
@@ -493,6 +478,8 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
   if (!fence_.set_ring(thread, tag, ring)) {
     if (auto watched = fence_.watch(thread, tag, ring, member.pid()); !watched) return watched;
   }
+  // Not before: the watch has found out that the thread is the member's own, which the member may have lied about.
+  if (auto set = set_poll_priority(thread, config_.nice); !set) spdlog::warn("{}", set.error().text);
   if (peer != nullptr) {
     auto set = fence_.set_ring(peer->threads[shard], peer->tags[shard], member.rings[shard]);
     // kGone: the peer is dead; the member will see its slot before it first sleeps.

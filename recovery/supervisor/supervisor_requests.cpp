@@ -141,17 +141,15 @@ void Supervisor::release_domain(const std::string& name, const ControlServer::An
 }
 
 void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answer& answer) {
-  static const std::map<std::string, DrillFault> kFaults{{"segv", DrillFault::kBadStore},
-                                                         {"abort", DrillFault::kAbort},
-                                                         {"bus", DrillFault::kBusError},
-                                                         {"spin", DrillFault::kSpin},
-                                                         {"block", DrillFault::kBlock}};
+  static const std::map<std::string, DrillFault> kFaults{{"segv", DrillFault::kBadStore}, {"abort", DrillFault::kAbort},
+                                                         {"bus", DrillFault::kBusError},  {"spin", DrillFault::kSpin},
+                                                         {"block", DrillFault::kBlock},   {"exit", DrillFault::kExit}};
   const auto pair = pairs_.find(text_of(request, "pair"));
   if (pair == pairs_.end())
     return answer(
         refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
   const auto fault = kFaults.find(text_of(request, "fault"));
-  if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin or block"));
+  if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin, block or exit"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
   await_incidents({pair->first, before, false, 1, answer, {}},

@@ -243,7 +243,7 @@ void ScriptedFrontEnd::start() {
   }
   send_body(R::kSetStatus, std::uint64_t{15});
   settle();
-  for (std::uint32_t pair = 0; pair < options_.queue_pairs; ++pair) post_receive_buffers(pair);
+  for (std::uint32_t pair = 0; options_.post_buffers && pair < options_.queue_pairs; ++pair) post_receive_buffers(pair);
 }
 
 void ScriptedFrontEnd::stop() {

@@ -56,6 +56,7 @@ struct FrontEndOptions {
   std::uint32_t ring_size = 256;
   std::uint64_t features = virtio_feature::kVersion1 | virtio_feature::kEventIdx | virtio_feature::kMrgRxbuf |
                            virtio_feature::kMq | virtio_feature::kCtrlVq | kVhostUserFProtocolFeatures;
+  bool post_buffers = true;  ///< start() posts receive buffers; false: whoever drives the rings does
 };
 
 class ScriptedFrontEnd {

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table.
+#include "tests/soak/causes.hpp"
+
+#include <csignal>
+#include <string_view>
+
+namespace tandem::test {
+
+const std::vector<Cause>& causes() {
+  static const std::vector<Cause> kCauses{
+      {"SIGKILL", Means::kSignal, SIGKILL, nullptr, "SIGKILL", nullptr},
+      {"SIGSEGV (bad store)", Means::kDrill, 0, "segv", "SIGSEGV", nullptr},
+      {"SIGABRT", Means::kDrill, 0, "abort", "SIGABRT", nullptr},
+      {"SIGBUS", Means::kDrill, 0, "bus", "SIGBUS", nullptr},
+      {"exit", Means::kDrill, 0, "exit", "exit 1", nullptr},
+      // A stopped owner may have been asleep at that moment.
+      {"SIGSTOP", Means::kSignal, SIGSTOP, nullptr, "SIGKILL", "any"},
+      {"spin", Means::kDrill, 0, "spin", "SIGKILL", "spinning"},
+      {"blocked", Means::kDrill, 0, "block", "SIGKILL", "blocked"},
+      // The OOM killer may take longer over it than an owner may stand still.
+      {"OOM kill", Means::kMemory, 0, nullptr, "SIGKILL", "any"},
+  };
+  return kCauses;
+}
+
+std::string differs(const Cause& cause, const nlohmann::json& incident) {
+  if (incident.value("cause", "") != cause.died_of) return "died of " + incident.value("cause", "nothing");
+  const nlohmann::json& hang = incident.contains("hang") ? incident["hang"] : nullptr;
+  const bool any = cause.hang != nullptr && std::string_view(cause.hang) == "any";
+  if (!any && (cause.hang == nullptr ? !hang.is_null() : hang != cause.hang)) return "hang verdict " + hang.dump();
+  const nlohmann::json& replayed = incident["replayed"];
+  if (replayed.value("armed", false) && !replayed.value("valid", false)) return "its record was not valid";
+  return {};
+}
+
+}  // namespace tandem::test

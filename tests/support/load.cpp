@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// The traffic thread.
+#include "tests/support/load.hpp"
+
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <ctime>
+
+namespace tandem::test {
+
+namespace {
+
+constexpr std::uint64_t kBurst = 32;
+constexpr long kNapNs = 20'000;
+constexpr std::uint16_t kFlowsOfGuest = 64, kFirstInward = 32;
+constexpr std::size_t kMostTexts = 20;
+constexpr std::size_t kNoFlow = ~std::size_t{0};
+
+std::int64_t now_ns() {
+  timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  return std::int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+}  // namespace
+
+Load::Count Load::Count::operator-(const Count& earlier) const {
+  Count difference;
+  // Lost ones may come after all (then they are reordered), so that a difference may be below zero: none, then.
+  difference.tally.lost = tally.lost - std::min(tally.lost, earlier.tally.lost);
+  difference.tally.duplicated = tally.duplicated - earlier.tally.duplicated;
+  difference.tally.reordered = tally.reordered - earlier.tally.reordered;
+  difference.tally.corrupt = tally.corrupt - earlier.tally.corrupt;
+  difference.sent_in = sent_in - earlier.sent_in;
+  difference.sent_out = sent_out - earlier.sent_out;
+  difference.arrived = arrived - earlier.arrived;
+  difference.stalls = stalls - earlier.stalls;
+  difference.ring_errors = ring_errors - earlier.ring_errors;
+  return difference;
+}
+
+Load::Load(std::vector<LoadGuest*> guests, const std::vector<std::string>& macs, Options options)
+    : guests_(std::move(guests)), options_(options) {
+  const MacAddress outside = parse_mac("02:00:00:00:00:01");
+  for (std::size_t i = 0; i < guests_.size(); ++i) {
+    const MacAddress mac = parse_mac(macs[i].c_str());
+    const auto base = static_cast<std::uint16_t>(i * kFlowsOfGuest);
+    for (std::uint32_t pair = 0; pair < guests_[i]->queue_pairs(); ++pair)
+      flows_.emplace_back(static_cast<std::uint16_t>(base + pair), i, pair, false, outside, mac);
+    for (unsigned n = 0; n < options_.flows_in; ++n)
+      flows_.emplace_back(static_cast<std::uint16_t>(base + kFirstInward + n), i, 0, true, mac, outside);
+  }
+  flow_of_id_.assign(guests_.size() * kFlowsOfGuest, kNoFlow);
+  for (std::size_t i = 0; i < flows_.size(); ++i) flow_of_id_[flows_[i].frames.flow()] = i;
+  credit_ = std::max<std::uint64_t>(1, options_.credit / flows_.size());
+}
+
+Load::~Load() {
+  stop_.store(true);
+  if (thread_.joinable()) thread_.join();
+}
+
+void Load::start() {
+  const std::int64_t now = now_ns();
+  for (Flow& flow : flows_) flow.last_ns = now;
+  allowance_ns_ = now;
+  sending_.store(true);
+  thread_ = std::thread([this] { run(); });
+}
+
+Load::Count Load::stop() {
+  sending_.store(false);
+  drain_until_ns_.store(now_ns() + std::chrono::nanoseconds(options_.patience).count());
+  stop_.store(true);
+  if (thread_.joinable()) thread_.join();
+  for (Flow& flow : flows_) flow.ledger.write_off(flow.sent);
+  return count();
+}
+
+Load::Count Load::count() const {
+  Count count;
+  const auto locked = lock();
+  for (const Flow& flow : flows_) {
+    count.tally += flow.ledger.tally();
+    (flow.inward ? count.sent_in : count.sent_out) += flow.sent;
+    count.arrived += flow.ledger.arrived();
+  }
+  count.stalls = stalls_;
+  for (const LoadGuest* guest : guests_) count.ring_errors += guest->ring_errors();
+  return count;
+}
+
+Tally Load::tally_of(std::size_t guest) const {
+  Tally tally;
+  const auto locked = lock();
+  for (const Flow& flow : flows_)
+    if (flow.guest == guest) tally += flow.ledger.tally();
+  return tally;
+}
+
+void Load::begin_stretch() {
+  const auto locked = lock();
+  for (Flow& flow : flows_) flow.longest_ns = 0;
+  longest_pause_ns_ = 0;
+}
+
+Load::Stretch Load::end_stretch() {
+  const auto locked = lock();
+  const std::int64_t now = now_ns();
+  std::int64_t longest = 0;
+  for (const Flow& flow : flows_) longest = std::max({longest, flow.longest_ns, now - flow.last_ns});
+  return {std::chrono::nanoseconds(longest), std::chrono::nanoseconds(std::max(longest_pause_ns_, now - round_ns_))};
+}
+
+std::vector<std::string> Load::stall_texts() const {
+  const auto locked = lock();
+  return stall_texts_;
+}
+
+bool Load::all_arrived() const {
+  const auto locked = lock();
+  return std::all_of(flows_.begin(), flows_.end(), [](const Flow& flow) { return flow.on_their_way() == 0; });
+}
+
+void Load::run() {
+  ::prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+  for (;;) {
+    const bool send = sending_.load(std::memory_order_relaxed);
+    if (!send && stop_.load(std::memory_order_relaxed) &&
+        (all_arrived() || now_ns() > drain_until_ns_.load(std::memory_order_relaxed)))
+      return;
+    if (stop_.load(std::memory_order_relaxed) && drain_until_ns_.load(std::memory_order_relaxed) == 0) return;
+    if (round(send) != 0) continue;
+    const timespec nap{0, kNapNs};
+    ::nanosleep(&nap, nullptr);
+  }
+}
+
+std::size_t Load::round(bool send) {
+  const auto locked = lock();
+  std::size_t moved = 0;
+  const std::int64_t begun = now_ns();
+  if (round_ns_ != 0) longest_pause_ns_ = std::max(longest_pause_ns_, begun - round_ns_);
+  round_ns_ = begun;
+  for (std::size_t guest = 0; guest < guests_.size(); ++guest)
+    for (std::uint32_t pair = 0; pair < guests_[guest]->queue_pairs(); ++pair) {
+      const std::int64_t now = now_ns();
+      moved += guests_[guest]->receive(pair, [&](std::span<const std::byte> frame) { take(frame, true, guest, now); });
+    }
+  std::int64_t now = now_ns();
+  moved += outside_.receive([&](std::span<const std::byte> frame) { take(frame, false, 0, now); });
+  now = now_ns();
+  look_for_stalls(now);
+  if (!send) return moved;
+  if (options_.rate != 0) {
+    allowance_ += static_cast<double>(now - allowance_ns_) * 1e-9 * static_cast<double>(options_.rate);
+    allowance_ = std::min(allowance_, static_cast<double>(kBurst * flows_.size()));
+    allowance_ns_ = now;
+  }
+  for (Flow& flow : flows_) {
+    std::uint64_t most = std::min(kBurst, credit_ - std::min(credit_, flow.on_their_way()));
+    if (options_.rate != 0) most = std::min(most, static_cast<std::uint64_t>(std::max(allowance_, 0.0)));
+    const std::size_t sent = most == 0 ? 0 : flow.inward ? send_in(flow, most) : send_out(flow, most);
+    allowance_ -= static_cast<double>(sent);
+    moved += sent;
+  }
+  outside_.flush();
+  return moved;
+}
+
+std::size_t Load::send_in(Flow& flow, std::uint64_t most) {
+  for (std::uint64_t i = 0; i < most; ++i) {
+    if (outside_.full()) outside_.flush();
+    outside_.queue(flow.frames.write(flow.sent++, outside_.next()));
+  }
+  return most;
+}
+
+std::size_t Load::send_out(Flow& flow, std::uint64_t most) {
+  LoadGuest& guest = *guests_[flow.guest];
+  std::size_t sent = 0;
+  while (sent < most &&
+         guest.send(flow.pair, [&](std::span<std::byte> room) { return flow.frames.write(flow.sent, room); })) {
+    ++flow.sent;
+    ++sent;
+  }
+  if (sent != 0) guest.publish(flow.pair);
+  return sent;
+}
+
+void Load::take(std::span<const std::byte> frame, bool inward, std::size_t guest, std::int64_t now) {
+  const auto name = PrimeFrames::name(frame);
+  if (!name) return;  // the host's own, or nothing but noise: what was ours before is then missing
+  if (name->flow >= flow_of_id_.size() || flow_of_id_[name->flow] == kNoFlow) return;
+  Flow& flow = flows_[flow_of_id_[name->flow]];
+  // The bridge floods what it has not learned: frames for another guest are not ours to count.
+  if (flow.inward != inward || (inward && flow.guest != guest)) return;
+  flow.ledger.note(name->number, flow.frames.intact(name->number, frame), flow.sent);
+  flow.longest_ns = std::max(flow.longest_ns, now - flow.last_ns);
+  flow.last_ns = now;
+}
+
+void Load::look_for_stalls(std::int64_t now) {
+  const std::int64_t patience = std::chrono::nanoseconds(options_.patience).count();
+  for (Flow& flow : flows_) {
+    if (now - flow.last_ns < patience || flow.on_their_way() == 0) continue;
+    if (stall_texts_.size() < kMostTexts)
+      stall_texts_.push_back("flow " + std::to_string(flow.frames.flow()) + (flow.inward ? " in, " : " out, ") +
+                             std::to_string(flow.on_their_way()) + " on their way, last " +
+                             std::to_string((now - flow.last_ns) / 1'000'000) + " ms ago, at " + std::to_string(now) +
+                             " ns: " + guests_[flow.guest]->describe());
+    flow.ledger.write_off(flow.sent);
+    flow.longest_ns = std::max(flow.longest_ns, now - flow.last_ns);
+    flow.last_ns = now;
+    ++stalls_;
+  }
+}
+
+}  // namespace tandem::test

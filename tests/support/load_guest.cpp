@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rings and buffers of a guest at full speed.
+#include "tests/support/load_guest.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+
+namespace tandem::test {
+
+namespace {
+
+constexpr std::uint32_t kHeader = ScriptedFrontEnd::kHeader;
+static_assert(LoadGuest::kRingSize * DriverQueue::kBufferSize == LoadGuest::kSlots * LoadGuest::kSlotBytes,
+              "the front end's buffers of one ring are our slots");
+
+FrontEndOptions front_end_options(std::uint32_t queue_pairs) {
+  FrontEndOptions options;
+  options.queue_pairs = queue_pairs;
+  options.ring_size = LoadGuest::kRingSize;
+  options.post_buffers = false;
+  return options;
+}
+
+RingPlace place_of(std::uint32_t vring) {
+  const std::uint64_t area = vring * DriverQueue::kAreaSize;
+  return {LoadGuest::kRingSize, area, area + DriverQueue::kAvailAt, area + DriverQueue::kUsedAt};
+}
+
+}  // namespace
+
+std::uint64_t LoadGuest::slot_address(std::uint32_t vring, std::uint32_t slot) {
+  return ScriptedFrontEnd::kBuffersGuest + (std::uint64_t{vring} * kSlots + slot) * kSlotBytes;
+}
+
+LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number)
+    : receive(space, place_of(2 * number), /*event_index=*/true),
+      transmit(space, place_of(2 * number + 1), /*event_index=*/true),
+      index(number),
+      // Odd queue pairs have small buffers, so that long frames take two of them (MRG_RXBUF).
+      receive_bytes(number % 2 == 0 ? 2048 : 1024),
+      receive_slot_of(kRingSize),
+      send_slot_of(kRingSize) {
+  for (std::uint32_t slot = kSlots; slot > 0; --slot) free_send_slots.push_back(static_cast<std::uint16_t>(slot - 1));
+}
+
+LoadGuest::LoadGuest(const std::string& socket, std::uint32_t queue_pairs)
+    : front_end_(socket, front_end_options(queue_pairs)) {
+  const std::span<std::byte> memory = front_end_.memory();
+  space_.add(0, front_end_.rings_size(), memory.data());
+  space_.add(ScriptedFrontEnd::kBuffersGuest, memory.size() - front_end_.rings_size(),
+             memory.data() + front_end_.rings_size());
+  for (std::uint32_t pair = 0; pair < queue_pairs; ++pair) pairs_.emplace_back(space_, pair);
+  front_end_.negotiate();
+  front_end_.start();
+  for (Pair& pair : pairs_) {
+    for (std::uint32_t slot = 0; slot < kSlots; ++slot) post(pair, static_cast<std::uint16_t>(slot));
+    pair.receive.publish();
+    kick(2 * pair.index);
+  }
+}
+
+std::string LoadGuest::describe() {
+  std::string text;
+  for (const Pair& pair : pairs_)
+    for (const GuestQueue* queue : {&pair.receive, &pair.transmit}) {
+      const DriverQueue& ring = front_end_.queue(2 * pair.index + (queue == &pair.transmit ? 1 : 0));
+      std::uint16_t avail_event = 0;
+      std::memcpy(&avail_event, &ring.used->ring[kRingSize], sizeof avail_event);
+      text += (queue == &pair.receive ? "rx " : "tx ") + std::to_string(pair.index) + ": avail " +
+              std::to_string(queue->avail_index()) + ", used " + std::to_string(queue->used_index()) + ", taken " +
+              std::to_string(queue->used_taken()) + ", kick wanted at " + std::to_string(avail_event) + "; ";
+    }
+  return text;
+}
+
+void LoadGuest::kick(std::uint32_t vring) {
+  const std::uint64_t one = 1;
+  if (::write(front_end_.queue(vring).kick_fd, &one, sizeof one) != sizeof one) count_error();
+}
+
+void LoadGuest::post(Pair& pair, std::uint16_t slot) {
+  const Piece piece{slot_address(2 * pair.index, slot), pair.receive_bytes, true};
+  const auto head = pair.receive.add({&piece, 1});
+  if (!head) return count_error();
+  pair.receive_slot_of[*head] = slot;
+}
+
+void LoadGuest::reclaim(Pair& pair) {
+  while (const auto used = pair.transmit.take_used()) {
+    if (used->expected)
+      pair.free_send_slots.push_back(pair.send_slot_of[used->id]);
+    else
+      count_error();
+  }
+}
+
+bool LoadGuest::send(std::uint32_t index, const std::function<std::size_t(std::span<std::byte>)>& write) {
+  Pair& pair = pairs_[index];
+  if (pair.free_send_slots.empty()) reclaim(pair);
+  if (pair.free_send_slots.empty() || pair.transmit.free_descriptors() < 2) return false;
+  const std::uint16_t slot = pair.free_send_slots.back();
+  pair.free_send_slots.pop_back();
+  const std::uint64_t address = slot_address(2 * index + 1, slot);
+  std::byte* at = space_.at(address);
+  std::memset(at, 0, kHeader);
+  const auto length = static_cast<std::uint32_t>(write({at + kHeader, kSlotBytes - kHeader}));
+  // Even queue pairs lay header and frame out in a descriptor each, odd ones in one.
+  const std::array<Piece, 2> pieces{Piece{address, kHeader, false}, Piece{address + kHeader, length, false}};
+  const Piece whole{address, kHeader + length, false};
+  const auto head = index % 2 == 0 ? pair.transmit.add(pieces) : pair.transmit.add({&whole, 1});
+  if (!head) return count_error(), false;
+  pair.send_slot_of[*head] = slot;
+  return true;
+}
+
+void LoadGuest::publish(std::uint32_t index) {
+  Pair& pair = pairs_[index];
+  pair.transmit.publish();
+  if (pair.transmit.kick_wanted()) kick(2 * index + 1);
+}
+
+std::size_t LoadGuest::receive(std::uint32_t index, const std::function<void(std::span<const std::byte>)>& take) {
+  Pair& pair = pairs_[index];
+  const std::uint32_t vring = 2 * index;
+  const bool return_pages = return_pages_.load(std::memory_order_relaxed);
+  std::size_t frames = 0;
+  const auto done_with = [&](std::uint16_t slot) {
+    if (return_pages) {
+      const auto offset = front_end_.rings_size() + (std::uint64_t{vring} * kSlots + slot) * kSlotBytes;
+      ::fallocate(front_end_.memory_fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                  kSlotBytes);
+    }
+    post(pair, slot);
+  };
+  while (const auto used = pair.receive.take_used()) {
+    if (!used->expected) {
+      count_error();
+      continue;
+    }
+    const std::uint16_t slot = pair.receive_slot_of[used->id];
+    const std::byte* bytes = space_.at(slot_address(vring, slot));
+    std::uint16_t buffers = 0;
+    std::memcpy(&buffers, bytes + 10, sizeof buffers);  // num_buffers (Virtio 1.2, 5.1.6)
+    if (used->length < kHeader || used->length > pair.receive_bytes || buffers == 0) {
+      count_error();
+      done_with(slot);
+      continue;
+    }
+    if (buffers == 1) {
+      take({bytes + kHeader, used->length - kHeader});
+    } else {
+      joined_.assign(bytes + kHeader, bytes + used->length);
+      for (std::uint16_t i = 1; i < buffers; ++i) {
+        // All buffers of a packet are published by one store of used.idx.
+        const auto more = pair.receive.take_used();
+        if (!more || !more->expected || more->length == 0 || more->length > pair.receive_bytes) {
+          count_error();
+          break;
+        }
+        const std::uint16_t next = pair.receive_slot_of[more->id];
+        const std::byte* rest = space_.at(slot_address(vring, next));
+        joined_.insert(joined_.end(), rest, rest + more->length);
+        done_with(next);
+      }
+      take(joined_);
+    }
+    ++frames;
+    done_with(slot);
+  }
+  if (frames != 0) {
+    pair.receive.publish();
+    if (pair.receive.kick_wanted()) kick(vring);
+  }
+  return frames;
+}
+
+}  // namespace tandem::test
