@@ -16,6 +16,8 @@
 #include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <utility>
 
 #include "benchmarks/front_end.hpp"
 
@@ -52,6 +54,7 @@ struct Stamp {
 };
 
 constexpr std::uint64_t kConnectLimitNs = 30'000'000'000;
+constexpr std::uint64_t kDrainNs = 1'000'000'000;
 constexpr std::size_t kEthernet = 14;
 constexpr std::size_t kMostSamples = 1u << 20;  // of gaps and of round trips; more are counted, not kept
 
@@ -91,6 +94,9 @@ class Prober {
   void receive(std::uint64_t began);
   void arrived(const std::vector<std::byte>& frame, std::uint64_t now);
   void keep_connections(std::uint64_t now);
+  [[nodiscard]] bool all_came() const {
+    return std::all_of(flows_.begin(), flows_.end(), [](const Flow& flow) { return flow.came == flow.sent; });
+  }
   std::uint32_t flows() const { return static_cast<std::uint32_t>(flows_.size()); }
 
   const Options& options_;
@@ -227,10 +233,14 @@ void Prober::run() {
     keep_connections(now);
     send_due(now);
   }
-  // What is on its way still counts; a tenth of a second is far more than any round trip without a failure.
-  const std::uint64_t last = now_ns();
-  while (now_ns() - last < 100'000'000) receive(now_ns());
+  // What is on its way still counts, as long as something comes.
   ended_ns_ = now_ns();
+  for (std::uint64_t quiet_since = ended_ns_, before = 0; now_ns() - quiet_since < kDrainNs && !all_came();) {
+    receive(now_ns());
+    const std::uint64_t came = std::accumulate(flows_.begin(), flows_.end(), std::uint64_t{0},
+                                               [](std::uint64_t sum, const Flow& flow) { return sum + flow.came; });
+    if (came != std::exchange(before, came)) quiet_since = now_ns();
+  }
 }
 
 json Prober::result() const {

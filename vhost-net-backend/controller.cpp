@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -48,6 +49,26 @@ Status Controller::report(ControlType type, const Body& body) {
   message.header.body_size = sizeof body;
   message.body = body;
   return channel_.send(std::as_bytes(std::span(&message, 1)).first(sizeof(ControlHeader) + sizeof body));
+}
+
+Status Controller::report_poison(std::uint32_t shard, const PoisonEvent& event) {
+  const PoisonPacket& packet = event.packet;
+  ControlHeader header;
+  PoisonBody body{shard,
+                  event.epoch,
+                  event.device,
+                  packet.queue_pair,
+                  packet.direction,
+                  packet.deaths,
+                  packet.length,
+                  static_cast<std::uint32_t>(std::min<std::size_t>(packet.bytes.size(), kMaxPoisonBytes))};
+  header.type = ControlType::kPoison;
+  header.body_size = static_cast<std::uint32_t>(sizeof body + body.captured);
+  std::vector<std::byte> message(sizeof header + header.body_size);
+  std::memcpy(message.data(), &header, sizeof header);
+  std::memcpy(message.data() + sizeof header, &body, sizeof body);
+  if (body.captured > 0) std::memcpy(message.data() + sizeof header + sizeof body, packet.bytes.data(), body.captured);
+  return channel_.send(message);
 }
 
 void Controller::problem(std::uint32_t device, const std::string& text) {
@@ -239,6 +260,8 @@ void Controller::relay(std::uint32_t shard, ShardEvent& event) {
     sent = report(ControlType::kNotHandedOver, refusal);
   } else if (const auto* text = std::get_if<ProblemEvent>(&event)) {
     problem(text->device, text->text);
+  } else if (const auto* poison = std::get_if<PoisonEvent>(&event)) {
+    sent = report_poison(shard, *poison);
   }
   // GarbageEvent: destroyed with the vector. A report that cannot be sent is lost with its reader; the segment has the
   // facts.

@@ -36,6 +36,7 @@ class Controller {
   void relay(std::uint32_t shard, ShardEvent& event);
   template <class Body>
   Status report(ControlType type, const Body& body);
+  Status report_poison(std::uint32_t shard, const PoisonEvent& event);
   void problem(std::uint32_t device, const std::string& text);
 
   FdChannel channel_;

@@ -201,6 +201,7 @@ void Shard::rebuild_pairs() {
       pair.state = &config_.segment->queue_pairs[index];
       pair.shard = &state();
       pair.epoch = epoch_;
+      pair.cursor = PacketCursor{tag_, PacketPhase::kNone, index, 0}.word();
       pair.generation = description.generation;
       pair.memory = served.in_force->memory();
       pair.port = served.uplink->ports[n].get();
@@ -211,6 +212,7 @@ void Shard::rebuild_pairs() {
       pair.transmit = transmit;
       // Whatever was known before: look once whether the kernel still has frames to take.
       pair.transmit_pending = true;
+      load_suspects(pair);
       pairs_.push_back(pair);
     }
   }
@@ -412,13 +414,31 @@ void Shard::push_switch() {
   if (limit != 0) switch_.push(limit);
 }
 
+std::uint32_t Shard::device_of(std::uint32_t queue_pair) const {
+  const auto found = std::find_if(devices_.begin(), devices_.end(), [queue_pair](const Served& served) {
+    return served.uplink && queue_pair - served.uplink->first_queue_pair < served.uplink->ports.size();
+  });
+  return static_cast<std::uint32_t>(found - devices_.begin());
+}
+
+void Shard::look_at_suspects(QueuePair& pair) {
+  std::vector<PoisonPacket> dropped;
+  meet_suspects(pair, dropped);
+  for (PoisonPacket& packet : dropped) say(PoisonEvent{device_of(pair.index), std::move(packet), epoch_});
+}
+
 bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
     if (pair.port->in_memory()) pair.port->play_kernel();
+    const bool suspects = pair.has_suspects;
+    if (suspects) [[unlikely]]
+      look_at_suspects(pair);
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
     if (pair.can_transmit()) worked |= transmit_burst(pair) != 0;
     if (pair.can_receive()) worked |= receive_burst(pair) != 0;
+    if (suspects) [[unlikely]]
+      look_at_suspects(pair);
   }
   return worked;
 }

@@ -23,6 +23,7 @@
 #include "common/layout/segment.hpp"
 #include "common/wake_ring.hpp"
 #include "vhost-net-backend/device.hpp"
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/watchdog.hpp"
 
 namespace tandem {
@@ -77,12 +78,18 @@ struct ProblemEvent {
   std::uint32_t device;
   std::string text;
 };
+/// A packet was dropped because owners died on it.
+struct PoisonEvent {
+  std::uint32_t device;
+  PoisonPacket packet;
+  std::uint32_t epoch;
+};
 /// Something the poll thread no longer needs; destroying it is the control thread's work.
 struct GarbageEvent {
   std::shared_ptr<const void> object;
 };
 using ShardEvent = std::variant<HeldEvent, InForceEvent, DetachedEvent, TookOverEvent, FirstTransactionEvent,
-                                NotHandedOverEvent, ProblemEvent, GarbageEvent>;
+                                NotHandedOverEvent, ProblemEvent, PoisonEvent, GarbageEvent>;
 
 struct ShardConfig {
   std::uint32_t index = 0;
@@ -155,6 +162,8 @@ class Shard {
   void push_switch();
   void poll_as_owner();
   bool poll_once();
+  void look_at_suspects(QueuePair& pair);
+  [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
   void sleep();
   void build_epoll();
   void arm_receive_event(std::size_t pair, bool wanted);

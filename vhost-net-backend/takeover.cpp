@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/shard.hpp"
 
@@ -54,6 +55,8 @@ bool Shard::take_over() {
   shard.heartbeat_tsc.store(tsc, std::memory_order_relaxed);
   shard.asleep.store(0, std::memory_order_relaxed);
 
+  timeline.suspect = weigh_death(*config_.segment, config_.index, *config_.fence,
+                                 {static_cast<std::uint32_t>(timeline.previous_tag), timeline.verdict});
   adopt_generations();
   replay_record(timeline);
   TANDEM_PROBE(kTakeoverReplayed);
@@ -142,6 +145,14 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
   timeline.replayed_kind = static_cast<std::uint32_t>(record.kind);
   timeline.replayed_packets = record.frame_count;
   timeline.replayed_queue_pair = record.queue_pair;
+  if (record_is_poison(*config_.segment, record)) {
+    abandon_record(*pair);
+    say(ProblemEvent{0,
+                     "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
+                     "that burst may be lost or repeated, and queue pair " +
+                         std::to_string(record.queue_pair) + " is stopped in that direction"});
+    return;
+  }
   timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;
   if (timeline.record_valid == 0)
     say(ProblemEvent{0, "replay the dead owner's record: cursors or frames of queue pair " +

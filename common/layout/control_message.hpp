@@ -37,6 +37,7 @@ enum class ControlType : std::uint16_t {
   kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
   kNotHandedOver = 107,  ///< RefusalBody: kHandOver came to nothing
+  kPoison = 108,         ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
 };
 
 struct ControlHeader {
@@ -119,6 +120,21 @@ struct ProblemBody {
   char text[248] = {};
 };
 
+/// Bytes of a poison packet that are passed on at the most.
+inline constexpr std::uint32_t kMaxPoisonBytes = 60 * 1024;
+
+struct PoisonBody {
+  std::uint32_t shard = 0;
+  std::uint32_t epoch = 0;  ///< of the owner that dropped it
+  std::uint32_t device = 0;
+  std::uint32_t queue_pair = 0;  ///< index in the segment
+  PacketPhase direction{};       ///< kTransmit or kReceive
+  std::uint32_t deaths = 0;
+  std::uint32_t length = 0;    ///< bytes of the packet, as far as its descriptors tell
+  std::uint32_t captured = 0;  ///< of them that could be read
+};
+
+static_assert(sizeof(PoisonBody) == 32);
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
 static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 8 &&
               sizeof(RefusalBody) == 128 && sizeof(ProblemBody) == 256);

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/layout/poison.hpp"
 #include "common/layout/redo_record.hpp"
 
 namespace tandem {
@@ -53,7 +54,10 @@ struct alignas(64) QueuePairState {
   /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its
   /// record is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
   std::atomic<std::uint64_t> generation;
-  std::uint64_t reserved[7];
+  Suspicion receive_suspicion, transmit_suspicion;
+  std::atomic<std::uint64_t> record_suspect;  ///< Suspect::word() of a record that kills whoever applies it
+  std::atomic<std::uint64_t> kills;           ///< owners that died, by their own fault, on what came through this pair
+  std::uint64_t reserved;
   VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
@@ -86,8 +90,11 @@ struct TakeoverTimeline {
   std::uint64_t epoch_ns;
   std::uint64_t replayed_ns;
   std::uint64_t first_transaction_ns;
-  std::uint32_t record_armed;   ///< 1 if a record was found armed
-  std::uint32_t record_valid;   ///< 1 if it passed validation and was replayed
+  /// What the dead owner had in hand, if it died by its own fault: PacketPhase | deaths on it so far << 8 | queue pair
+  /// << 16.
+  std::uint32_t suspect;
+  std::uint16_t record_armed;   ///< 1 if a record was found armed
+  std::uint16_t record_valid;   ///< 1 if it passed validation and was replayed
   std::uint32_t replayed_kind;  ///< RedoKind
   std::uint32_t replayed_packets;
   std::uint32_t replayed_queue_pair;
@@ -126,6 +133,7 @@ struct alignas(64) ShardState {
   std::atomic<std::uint32_t> asleep;
   std::uint32_t reserved1;
   std::atomic<std::uint64_t> transactions;
+  std::atomic<std::uint64_t> in_hand;  ///< PacketCursor::word()
   alignas(64) TakeoverTimeline takeover;
   RedoRecord record;
 };

@@ -33,6 +33,8 @@ int print(const Options& options, const tandem::Result<json>& answer, std::strin
   return 0;
 }
 
+std::string disabled_text(const json& answer) { return "NIC " + answer.value("mac", std::string{}) + " disabled\n"; }
+std::string enabled_text(const json& answer) { return "NIC " + answer.value("mac", std::string{}) + " enabled\n"; }
 std::string incidents_of(const json& answer) { return tandem::incident_table(answer); }
 
 int host_validate(const Options& options) {
@@ -80,12 +82,19 @@ int main(int argc, char** argv) {
   auto* status = app.add_subcommand("status", "pairs and NICs");
   auto* incidents = app.add_subcommand("incidents", "failovers, newest last");
   auto* drill = app.add_subcommand("drill", "make the active backend fail and report the failover");
+  auto* nic = app.add_subcommand("nic", "take a NIC's link down, or let QEMU connect again");
+  auto* disable =
+      nic->add_subcommand("disable", "close QEMU's connection and refuse others: the guest's link goes down");
+  auto* enable = nic->add_subcommand("enable", "undo that, also where Tandem parked the NIC itself");
+  disable->alias("park");
+  enable->alias("unpark");
+  nic->require_subcommand(1);
   auto* switchover =
       app.add_subcommand("switchover", "let the standby take over from the active backend, which lives on");
   auto* validate = app.add_subcommand("host-validate", "check what this host has and lacks");
   auto* hook_command =
       app.add_subcommand("hook", "for libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, XML on stdin");
-  for (auto* command : {status, incidents, drill, switchover, validate})
+  for (auto* command : {status, incidents, drill, switchover, disable, enable, validate})
     command->add_flag("--json", options.json, "JSON instead of a table");
   std::string pair = "default";
   std::string fault = "segv";
@@ -93,6 +102,9 @@ int main(int argc, char** argv) {
   switchover->add_option("--pair", pair, "pair to switch over");
   drill->add_option("--fault", fault, "how to fail")
       ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit"}));
+  std::string mac, reason;
+  for (auto* command : {disable, enable}) command->add_option("mac", mac, "the NIC's MAC address")->required();
+  disable->add_option("--reason", reason, "shown by status");
   std::vector<std::string> words;
   hook_command->add_option("words", words, "libvirt's arguments");
   CLI11_PARSE(app, argc, argv);
@@ -107,6 +119,14 @@ int main(int argc, char** argv) {
   if (switchover->parsed())
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "switchover"}, {"pair", pair}}),
                  incidents_of);
+  if (disable->parsed())
+    return print(options,
+                 tandem::ask_tandemd(options.socket,
+                                     {{"command", "nic"}, {"action", "disable"}, {"mac", mac}, {"reason", reason}}),
+                 disabled_text);
+  if (enable->parsed())
+    return print(options, tandem::ask_tandemd(options.socket, {{"command", "nic"}, {"action", "enable"}, {"mac", mac}}),
+                 enabled_text);
   if (validate->parsed()) return host_validate(options);
   return hook(options, words);
 }

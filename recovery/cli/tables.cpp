@@ -72,10 +72,15 @@ std::string status_table(const nlohmann::json& status) {
     std::string name = "-";
     for (const char* kind : {"bridge", "dev", "null"})
       if (uplink.contains(kind)) name = show(uplink[kind]);
-    const std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
+    std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
+    std::string link = nic["connected"].get<bool>() ? "connected" : "waiting";
+    if (const auto disabled = nic.value("disabled", nlohmann::json()); disabled.is_object()) {
+      link = disabled["by"] == "tandem" ? "parked" : "disabled";
+      problem = show(disabled["reason"]);
+    }
     nics.push_back(
-        {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name,
-         nic["connected"].get<bool>() ? "connected" : "waiting", show(nic["rx"]["packets"]), show(nic["tx"]["packets"]),
+        {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name, link, show(nic["rx"]["packets"]),
+         show(nic["tx"]["packets"]),
          std::to_string(nic["rx"]["dropped"].get<std::uint64_t>() + nic["tx"]["dropped"].get<std::uint64_t>()),
          show(nic["overflow"]), problem.empty() ? "-" : problem});
   }

@@ -7,11 +7,14 @@
 #include <filesystem>
 #include <fstream>
 
+#include "recovery/supervisor/pcap.hpp"
+
 namespace tandem {
 
 namespace {
 
 constexpr std::size_t kKept = 1000;
+constexpr std::size_t kCapturesKept = 100;
 
 nlohmann::json hang_name(HangVerdict verdict) {
   switch (verdict) {
@@ -46,7 +49,40 @@ nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
 }
 
+const char* phase_name(PacketPhase phase) {
+  return phase == PacketPhase::kTransmit ? "transmit" : phase == PacketPhase::kReceive ? "receive" : "replay";
+}
+
+nlohmann::json suspect_json(const Incident& incident) {
+  const auto suspect = decode_suspect(incident.timeline);
+  if (!suspect) return nullptr;
+  return {{"direction", phase_name(suspect->phase)},
+          {"queue_pair", suspect->queue_pair},
+          {"deaths", suspect->deaths},
+          {"mac", incident.suspect_mac}};
+}
+
+nlohmann::json poison_json(const Incident& incident) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const PoisonRecord& packet : incident.poison)
+    list.push_back({{"mac", packet.mac},
+                    {"direction", packet.receive ? "receive" : "transmit"},
+                    {"queue_pair", packet.queue_pair},
+                    {"length", packet.length},
+                    {"captured", packet.captured},
+                    {"file", packet.file.empty() ? nlohmann::json() : nlohmann::json(packet.file)}});
+  return list;
+}
+
 }  // namespace
+
+std::optional<SuspectView> decode_suspect(const TakeoverTimeline& timeline) {
+  const SuspectView view{static_cast<PacketPhase>(timeline.suspect & 0xffu), timeline.suspect >> 8 & 0xffu,
+                         timeline.suspect >> 16};
+  const bool known =
+      view.phase == PacketPhase::kTransmit || view.phase == PacketPhase::kReceive || view.phase == PacketPhase::kApply;
+  return known && view.deaths > 0 && view.queue_pair < kMaxQueuePairs ? std::optional(view) : std::nullopt;
+}
 
 std::string signal_name(int signal) {
   const char* name = ::sigabbrev_np(signal);
@@ -100,6 +136,9 @@ nlohmann::json Incident::to_json() const {
             {"first_transaction", relative(timeline.first_transaction_ns, zero)}}},
           {"replayed", std::move(replayed)},
           {"queue_pairs", timeline.queue_pairs},
+          {"suspect", suspect_json(*this)},
+          {"poison", poison_json(*this)},
+          {"parked", parked_mac.empty() ? nlohmann::json() : nlohmann::json(parked_mac)},
           {"complete", closed}};
 }
 
@@ -116,12 +155,30 @@ Result<IncidentLog> IncidentLog::open(const std::string& directory) {
     if (stem.empty() || stem.size() > 18 || stem.find_first_not_of("0123456789") != std::string::npos) continue;
     const std::uint64_t id = std::stoull(stem);
     log.next_id_ = std::max<std::uint64_t>(log.next_id_, id + 1);
+    if (entry.path().extension() == ".pcap") {
+      log.captures_.insert(id);
+      continue;
+    }
     std::ifstream file(entry.path());
     auto record = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
     if (record.is_object()) log.earlier_[id] = std::move(record);
   }
   while (log.earlier_.size() > kKept) log.earlier_.erase(log.earlier_.begin());
   return log;
+}
+
+Result<std::string> IncidentLog::keep_packet(const Incident& incident, std::span<const std::byte> bytes,
+                                             std::uint32_t length) {
+  const auto path = [this](std::uint64_t id) { return directory_ + "/" + std::to_string(id) + ".pcap"; };
+  if (auto kept = append_to_pcap(path(incident.id), bytes, length, std::chrono::system_clock::now()); !kept)
+    return tl::make_unexpected(std::move(kept.error()));
+  captures_.insert(incident.id);
+  while (captures_.size() > kCapturesKept) {
+    std::error_code ignored;
+    std::filesystem::remove(path(*captures_.begin()), ignored);
+    captures_.erase(captures_.begin());
+  }
+  return path(incident.id);
 }
 
 Incident& IncidentLog::add(Incident incident) {

@@ -6,13 +6,33 @@
 #include <deque>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "common/layout/fence_slot.h"
 #include "common/layout/segment.hpp"
 #include "common/result.hpp"
 
 namespace tandem {
+
+/// A packet that was dropped because owners died on it.
+struct PoisonRecord {
+  std::string mac;
+  bool receive = false;
+  std::uint32_t queue_pair = 0;  ///< index in the segment
+  std::uint32_t length = 0, captured = 0;
+  std::string file;  ///< the capture; empty if there is none
+};
+
+/// TakeoverTimeline::suspect, as far as it makes sense.
+struct SuspectView {
+  PacketPhase phase;
+  std::uint32_t deaths, queue_pair;
+};
+std::optional<SuspectView> decode_suspect(const TakeoverTimeline& timeline);
 
 /// What is known of one failover or handover (timeline.kind); grows as reports come in. Times are CLOCK_MONOTONIC ns
 /// unless named otherwise.
@@ -28,7 +48,10 @@ struct Incident {
   std::int32_t exit_signal = 0;  ///< of the process; 0 if it exited by itself
   std::int32_t exit_status = 0;
   TakeoverTimeline timeline{};
-  bool closed = false;  ///< nothing more will be added
+  std::string suspect_mac;           ///< whose packet the dead owner had in hand, if that killed it
+  std::string parked_mac;            ///< NIC that was parked for it
+  std::vector<PoisonRecord> poison;  ///< dropped by the heir
+  bool closed = false;               ///< nothing more will be added
 
   [[nodiscard]] bool planned() const { return timeline.kind != TakeoverKind::kFailover; }
   /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw. "planned" for a
@@ -46,6 +69,8 @@ class IncidentLog {
   Incident& add(Incident incident);
   /// Writes the record's file anew (whole, by rename).
   Status save(const Incident& incident) const;
+  /// Adds a packet to the incident's capture, DIR/ID.pcap; its path. The oldest captures go when there are too many.
+  Result<std::string> keep_packet(const Incident& incident, std::span<const std::byte> bytes, std::uint32_t length);
   [[nodiscard]] std::deque<Incident>& recent() { return recent_; }
   [[nodiscard]] const std::deque<Incident>& recent() const { return recent_; }
   /// Earlier runs' records, oldest first, then this one's.
@@ -57,6 +82,7 @@ class IncidentLog {
   std::uint64_t next_id_ = 1;
   std::map<std::uint64_t, nlohmann::json> earlier_;
   std::deque<Incident> recent_;
+  std::set<std::uint64_t> captures_;  // incidents with one
 };
 
 /// "SIGSEGV" for 11.

@@ -68,6 +68,23 @@ Result<MemberMessage> read(ControlType type, std::span<const std::byte> bytes, s
   return MemberMessage{type, body};
 }
 
+Result<MemberMessage> read_poison(std::span<const std::byte> bytes, std::uint32_t shards) {
+  PoisonMessage poison;
+  if (bytes.size() >= sizeof poison.fixed) std::memcpy(&poison.fixed, bytes.data(), sizeof poison.fixed);
+  if (bytes.size() < sizeof poison.fixed || poison.fixed.captured > kMaxPoisonBytes ||
+      bytes.size() != sizeof poison.fixed + poison.fixed.captured)
+    return fail(ErrorKind::kInvalid, "its message of a poison packet has " + std::to_string(bytes.size()) + " bytes");
+  const bool direction =
+      poison.fixed.direction == PacketPhase::kTransmit || poison.fixed.direction == PacketPhase::kReceive;
+  if (poison.fixed.shard >= shards || poison.fixed.queue_pair >= kMaxQueuePairs || !direction)
+    return fail(ErrorKind::kInvalid, "it names shard " + std::to_string(poison.fixed.shard) + ", queue pair " +
+                                         std::to_string(poison.fixed.queue_pair) + ", direction " +
+                                         std::to_string(static_cast<unsigned>(poison.fixed.direction)) +
+                                         " of a poison packet");
+  poison.bytes = bytes.subspan(sizeof poison.fixed);
+  return MemberMessage{ControlType::kPoison, poison};
+}
+
 }  // namespace
 
 Result<MemberMessage> parse_member_message(std::span<const std::byte> bytes, std::uint32_t shards) {
@@ -92,6 +109,8 @@ Result<MemberMessage> parse_member_message(std::span<const std::byte> bytes, std
       return read<TakeoverBody>(header.type, body, shards);
     case ControlType::kNotHandedOver:
       return read<RefusalBody>(header.type, body, shards);
+    case ControlType::kPoison:
+      return read_poison(body, shards);
     case ControlType::kProblem:
       return read<ProblemBody>(header.type, body, shards);
     default:

@@ -16,11 +16,17 @@
 
 namespace tandem {
 
+/// A PoisonBody and what follows it, which is a part of the message's bytes.
+struct PoisonMessage {
+  PoisonBody fixed;
+  std::span<const std::byte> bytes;
+};
+
 struct MemberMessage {
   ControlType type{};
   /// By type. kReady: ReadyBody; kHeld, kInForce, kDetached: DeviceBody; kTookOver, kFirstTransaction: TakeoverBody;
-  /// kNotHandedOver: RefusalBody; kProblem: ProblemBody.
-  std::variant<ReadyBody, DeviceBody, TakeoverBody, RefusalBody, ProblemBody> body;
+  /// kNotHandedOver: RefusalBody; kProblem: ProblemBody; kPoison: PoisonMessage.
+  std::variant<ReadyBody, DeviceBody, TakeoverBody, RefusalBody, ProblemBody, PoisonMessage> body;
 };
 
 /// `shards`: how many the pair has. kUnsupported: another control version; kInvalid: too short or too long, unknown

@@ -424,6 +424,10 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
       return on_took_over(member, *takeover);
     case ControlType::kFirstTransaction:
       return listener_.on_first_transaction(*this, takeover->shard, takeover->timeline);
+    case ControlType::kPoison: {
+      const auto& poison = std::get<PoisonMessage>(parsed->body);
+      return listener_.on_poison(*this, poison.fixed, poison.bytes);
+    }
     case ControlType::kNotHandedOver:
       return on_not_handed_over(std::get<RefusalBody>(parsed->body).text);
     default:

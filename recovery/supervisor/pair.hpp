@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -60,6 +61,9 @@ class Pair {
     /// A switchover came to nothing; the owner goes on, unless something worse was reported before.
     virtual void on_not_handed_over(Pair& pair, const std::string& why) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
+    /// An owner dropped a packet because owners had died on it. The queue pair is one of the segment; `bytes` is what
+    /// is known of the packet.
+    virtual void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) = 0;
     /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
     virtual void on_member_change(Pair& pair, Member& member) = 0;
     virtual void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) = 0;

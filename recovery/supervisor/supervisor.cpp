@@ -164,13 +164,14 @@ void Supervisor::find_new_vault() {
   }
   for (auto& [mac, nic] : nics_) {
     if (nic.releasing) continue;
-    nic.pending.reset();
+    if (!nic.disabled) nic.pending.reset();
     nic.connected = false;
     nic.device->disconnect();
     describe(nic);
     Status told = save_nic(nic);
     for (const SavedItem& item : nic.device->save())
       if (told) told = vault_->put(device_key(mac, item.item), item.bytes, item.fds);
+    if (nic.disabled) continue;
     auto socket = open_nic_socket(mac);
     if (told && socket) told = vault_->listen(mac, socket->get());
     if (!told || !socket)
@@ -227,6 +228,10 @@ UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   return uplink;
 }
 
+std::string Supervisor::nic_socket_path(const std::string& mac) const {
+  return config_.nic_socket_dir() + "/" + socket_name(mac);
+}
+
 // The socket that QEMU connects to; the account QEMU runs as owns it, so that nobody else connects.
 Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
   const passwd* user = config_.socket_user.empty() ? nullptr : ::getpwnam(config_.socket_user.c_str());
@@ -234,8 +239,7 @@ Result<UniqueFd> Supervisor::open_nic_socket(const std::string& mac) const {
   if (!config_.socket_user.empty() && user == nullptr)
     return fail(ErrorKind::kInvalid, "there is no account \"" + config_.socket_user +
                                          "\" to own its socket; set qemu.socket_user to the account that QEMU runs as");
-  return listen_unix(config_.nic_socket_dir() + "/" + socket_name(mac), 0660,
-                     user == nullptr ? 0 : static_cast<int>(user->pw_uid),
+  return listen_unix(nic_socket_path(mac), 0660, user == nullptr ? 0 : static_cast<int>(user->pw_uid),
                      group == nullptr ? -1 : static_cast<int>(group->gr_gid));
 }
 
@@ -335,7 +339,7 @@ void Supervisor::release(const std::string& mac, std::function<void()> done) {
   nic.pending.reset();
   static_cast<void>(vault_->unlisten(mac));
   std::error_code ignored;
-  std::filesystem::remove(config_.nic_socket_dir() + "/" + socket_name(mac), ignored);
+  std::filesystem::remove(nic_socket_path(mac), ignored);
   nic.pair->detach(nic.device_index);
 }
 
@@ -417,10 +421,12 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
   }
+  blame(pair, incident);
   const std::uint64_t id = incidents_->add(incident).id;
   incident_limits_[id] =
       loop_.after(incident.planned() ? kHandoverOpen : kIncidentOpen, [this, id] { close_incident(id); });
   save_incident(*incidents_->find(id));
+  count_kills(pair);
 }
 
 void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) {
@@ -434,6 +440,7 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
 void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   static_cast<void>(vault_->del("member/" + pair.name() + "/" + std::to_string(pid)));
   exits_[pid] = status;
+  count_kills(pair);
   if (exits_.size() > 16) exits_.erase(exits_.begin());
   for (Incident& incident : incidents_->recent()) {
     if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
@@ -485,12 +492,13 @@ void Supervisor::save_incident(const Incident& incident) {
 
 void Supervisor::on_listening(const std::string& nic) {
   // One that a dead predecessor had begun to provide or to release.
-  if (!nics_.contains(nic)) static_cast<void>(vault_->unlisten(nic));
+  const auto found = nics_.find(nic);
+  if (found == nics_.end() || found->second.disabled) static_cast<void>(vault_->unlisten(nic));
 }
 
 void Supervisor::on_connected(const std::string& mac, std::uint64_t connection) {
   const auto found = nics_.find(mac);
-  if (found == nics_.end()) return;
+  if (found == nics_.end() || found->second.disabled) return;
   found->second.connected = true;
   found->second.connection = connection;
   spdlog::info("NIC {}: QEMU connected", mac);
@@ -500,7 +508,7 @@ void Supervisor::on_error(const std::string& text) { spdlog::error("tandem-vault
 
 void Supervisor::on_message(RelayedMessage message) {
   const auto found = nics_.find(message.nic);
-  if (found == nics_.end() || found->second.releasing) return;
+  if (found == nics_.end() || found->second.releasing || found->second.disabled) return;
   Nic& nic = found->second;
   if (nic.pending) {
     // The vault hands out one at a time; what comes again after its own restart is the one that waits already.
@@ -532,7 +540,7 @@ void Supervisor::on_disconnected(const std::string& mac, std::uint64_t, std::uin
     return;
   }
   Nic& nic = found->second;
-  if (nic.releasing) return;
+  if (nic.releasing || nic.disabled) return;
   spdlog::info("NIC {}: QEMU disconnected", mac);
   nic.connected = false;
   nic.device->disconnect();
@@ -587,6 +595,7 @@ void Supervisor::on_wait_limit(const std::string& mac) {
 void Supervisor::finish_request(Nic& nic) {
   PendingRequest pending = std::move(*nic.pending);
   nic.pending.reset();
+  if (pending.disable) return finish_disable(nic);
   std::vector<std::byte> reply;
   if (pending.outcome.reply) reply = std::move(*pending.outcome.reply);
   if (pending.outcome.vring_base_index) {

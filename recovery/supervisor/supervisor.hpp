@@ -43,6 +43,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void on_detached(Pair& pair, std::uint32_t device) override;
   void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                    pid_t heir) override;
+  void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) override;
   void on_not_handed_over(Pair& pair, const std::string& why) override;
   void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
   void on_member_change(Pair& pair, Member& member) override;
@@ -93,11 +94,25 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void check_provisioning();
   void check_awaited();
 
+  // parking.cpp: what killed backends, and NICs that are disabled for it
+  Nic* find_nic_of_queue_pair(const Pair& pair, std::uint32_t queue_pair);
+  void blame(const Pair& pair, Incident& incident);
+  static std::uint64_t kills_of(const Nic& nic);
+  void count_kills(const Pair& pair);
+  void park(const std::string& mac, const std::string& reason);
+  void disable(Nic& nic, Disabled how, ControlServer::Answer done);
+  void begin_disable(Nic& nic);
+  void finish_disable(Nic& nic);
+  Status enable(Nic& nic);
+  void on_nic_request(const nlohmann::json& request, const ControlServer::Answer& answer);
+  static nlohmann::json disabled_status(const Nic& nic);
+
   // NICs
   Status provision(const DomainOption& domain, const NicOption& option);
   Status try_provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
+  [[nodiscard]] std::string nic_socket_path(const std::string& mac) const;
   Result<UniqueFd> open_nic_socket(const std::string& mac) const;
   UplinkConfig uplink_config(const NicOption& option) const;
   void watch_uplink(Nic& nic);

@@ -86,7 +86,8 @@ Status Supervisor::save_nic(const Nic& nic) {
                     {"was_down", uplink.was_down},
                     {"channels_changed", uplink.channels_changed},
                     {"channels_before", channels_to_json(uplink.channels_before)},
-                    {"features_before", uplink.features_before}};
+                    {"features_before", uplink.features_before},
+                    {"disabled", disabled_status(nic)}};
   const std::vector<XskDescription> ports = nic.uplink->descriptions();
   std::vector<int> fds = nic.uplink->descriptors();
   for (const int fd : nic.uplink->keep_fds()) fds.push_back(fd);
@@ -154,6 +155,12 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
     pair->resume();
   }
   for (auto& [mac, nic] : nics_) {
+    if (nic.disabled) {
+      begin_disable(nic);  // our predecessor may not have come to its end
+      watch_uplink(nic);
+      spdlog::warn("NIC {} of domain {}: adopted; it is disabled: {}", mac, nic.domain, nic.disabled->reason);
+      continue;
+    }
     save(nic);
     describe(nic);  // its generation is new: our predecessor may have died before it told everyone of the last one
     watch_uplink(nic);
@@ -206,6 +213,9 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   nic.domain_uuid = record.at("uuid").get<std::string>();
   nic.device_index = record.at("device_index").get<std::uint32_t>();
   nic.first_queue_pair = record.at("first_queue_pair").get<std::uint32_t>();
+  if (const json disabled = record.value("disabled", json()); disabled.is_object())
+    nic.disabled = Disabled{disabled.at("by") == "tandem", disabled.at("reason").get<std::string>(),
+                            disabled.at("since_ms").get<std::int64_t>()};
   const std::string what = "NIC " + nic.option.mac;
   const auto pair = pairs_.find(nic.option.pair);
   VaultItem* ports = find_item(items, "ports/" + nic.option.mac);
@@ -240,6 +250,7 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   auto device = VhostUserDevice::restore(std::move(state));
   if (!device) return within(what, std::move(device.error()));
   nic.device.emplace(std::move(*device));
+  nic.kills_seen = kills_of(nic);
   nic.pair->adopt_device(nic.device_index, nic.first_queue_pair, std::move(descriptions), std::move(for_members));
   nics_.emplace(nic.option.mac, std::move(nic));
   return {};

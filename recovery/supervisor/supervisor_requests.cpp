@@ -50,8 +50,9 @@ void Supervisor::on_request(const nlohmann::json& request, const ControlServer::
   if (command == "hook") return on_hook(request, answer);
   if (command == "drill") return drill(request, answer);
   if (command == "switchover") return switchover(request, answer);
-  answer(
-      refusal("unknown command \"" + command + "\"; this tandemd knows status, incidents, hook, drill and switchover"));
+  if (command == "nic") return on_nic_request(request, answer);
+  answer(refusal("unknown command \"" + command +
+                 "\"; this tandemd knows status, incidents, hook, drill, switchover and nic"));
 }
 
 void Supervisor::on_hook(const nlohmann::json& request, const ControlServer::Answer& answer) {
@@ -226,19 +227,22 @@ nlohmann::json Supervisor::status() const {
 
 nlohmann::json Supervisor::nic_status(const Nic& nic) const {
   struct Sum {
-    std::uint64_t packets = 0, bytes = 0, dropped = 0;
-    void add(const VringCursors& cursors) {
+    std::uint64_t packets = 0, bytes = 0, dropped = 0, poisoned = 0;
+    void add(const VringCursors& cursors, const Suspicion& suspicion) {
       packets += cursors.packets;
       bytes += cursors.bytes;
       dropped += cursors.dropped;
+      poisoned += suspicion.poisoned;
     }
-    [[nodiscard]] nlohmann::json json() const { return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}}; }
+    [[nodiscard]] nlohmann::json json() const {
+      return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}, {"poisoned", poisoned}};
+    }
   } receive, transmit;
   std::string fault;
   for (std::uint32_t i = 0; i < nic.option.queues; ++i) {
     const QueuePairState& state = nic.pair->segment().queue_pairs[nic.first_queue_pair + i];
-    receive.add(state.receive);
-    transmit.add(state.transmit);
+    receive.add(state.receive, state.receive_suspicion);
+    transmit.add(state.transmit, state.transmit_suspicion);
     for (const VringCursors* cursors : {&state.receive, &state.transmit})
       if (const QueueFault found = cursors->fault.load(std::memory_order_relaxed); found != QueueFault::kNone)
         fault = fault_name(found);
@@ -257,6 +261,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"uplink", {{kind, option.name}, {"device", nic.uplink->netdev()}}},
           {"uplink_problem", nic.uplink_problem},
           {"connected", nic.connected},
+          {"disabled", disabled_status(nic)},
           {"generation", nic.device->description().generation},
           {"queue_pairs", nic.option.queues},
           {"running_queues", running},

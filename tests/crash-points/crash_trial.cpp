@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "tests/crash-points/single_step.hpp"
+#include "vhost-net-backend/poison.hpp"
 
 namespace tandem::test {
 
@@ -141,6 +142,24 @@ void CrashTrial::judge(const Snapshot& snapshot, RowResult& result) {
   }
 }
 
+// One more packet, which two owners have died on.
+void CrashTrial::condemn_next() {
+  std::vector<std::byte> packet(60, std::byte{0xee});
+  Suspect suspect{kWarmTag, kPoisonDeaths, 0};
+  if (row_.transmit) {
+    suspect.position = 1u << 16 | world_->nics[0].transmit.avail_index();  // of start 1
+    if (!world_->nics[0].send(packet)) std::abort();
+    world_->state().transmit_suspicion.suspect.store(suspect.word());
+    flows_->bad_from_guest = 1;
+  } else {
+    suspect.position = world_->make_ports()->ports[0]->rx.producer();
+    if (!world_->kernels[0].receive(packet)) std::abort();
+    world_->state().receive_suspicion.suspect.store(suspect.word());
+    flows_->bad_from_uplink = 1;
+  }
+  flows_->poisoned = 1;
+}
+
 void CrashTrial::begin_burst() {
   world_->kernels[0].complete();
   const std::uint32_t out = row_.transmit ? row_.burst : 0, in = row_.receive ? row_.burst : 0;
@@ -150,6 +169,10 @@ void CrashTrial::begin_burst() {
     if (!world_->nics[0].transmit.add({&runt, 1})) std::abort();
     flows_->bad_from_guest = 1;
     flows_->send(*world_, out - out / 2, 0);
+  } else if (row_.situation == Situation::kPoison) {
+    flows_->send(*world_, out / 2, in / 2);
+    condemn_next();
+    flows_->send(*world_, out - out / 2, in - in / 2);
   } else {
     flows_->send(*world_, out, in);
   }
@@ -166,6 +189,10 @@ void CrashTrial::step_owner(RowResult& result) {
     if (held.size() > 1) owner.post(DescribeCommand{held.back()});
     stepped::pause();
     if (held.size() > 1) owner.run_commands();
+    if (row_.situation == Situation::kPoison) {
+      for (QueuePair& pair : owner.pairs()) load_suspects(pair);
+      for (int round = 0; round < 2; ++round) owner.poll_once();
+    }
     owner.poll_once();
     if (row_.situation == Situation::kHandover) {
       if (!owner.let_go()) std::abort();

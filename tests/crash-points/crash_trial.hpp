@@ -35,6 +35,7 @@ class CrashTrial {
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
   void restart_driver(EngineWorld& world, ShardStepper& owner) const;
   void begin_burst();
+  void condemn_next();
   /// After each instruction of the owner.
   void look(Snapshot& snapshot, RowResult& result);
   [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
@@ -59,7 +60,7 @@ class CrashTrial {
     Flows flows;
   };
   std::vector<Start> starts_;
-  bool let_go_ = false;           // the owner that is stepped has let go
+  bool let_go_ = false;  // the owner that is stepped has let go
 };
 
 }  // namespace tandem::test

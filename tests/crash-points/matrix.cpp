@@ -23,6 +23,8 @@ const char* name(Situation situation) {
       return ", TX ring full";
     case Situation::kBadChain:
       return ", with a bad chain";
+    case Situation::kPoison:
+      return ", with a poison packet";
     case Situation::kRestart:
       return ", restart of the rings";
     case Situation::kHandover:
@@ -70,8 +72,9 @@ std::vector<MatrixRow> matrix() {
                ", " + name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") +
                name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
     // One of each kind, so that every option occurs.
-    row.quick = situation == Situation::kHandover
-                    ? burst == 1 && mergeable
+    row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
+                : situation == Situation::kPoison
+                    ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
                     : situation == Situation::kPlain && event_index &&
                           (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                        : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
@@ -99,6 +102,8 @@ std::vector<MatrixRow> matrix() {
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
         add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
+        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
       }
   return rows;
 }

@@ -160,6 +160,54 @@ TEST_CASE("incidents become files, numbered on from what is there") {
   CHECK(log->add(sample()).id == 3);
 }
 
+TEST_CASE("what a dead owner had in hand") {
+  Incident incident = sample();
+  CHECK(incident.to_json()["suspect"].is_null());
+  CHECK(incident.to_json()["poison"] == json::array());
+  CHECK(incident.to_json()["parked"].is_null());
+  incident.timeline.suspect = static_cast<std::uint32_t>(PacketPhase::kReceive) | 2u << 8 | 17u << 16;
+  incident.suspect_mac = "52:54:00:00:00:01";
+  incident.parked_mac = "52:54:00:00:00:01";
+  incident.poison.push_back({"52:54:00:00:00:01", true, 17, 60, 60, "/x/1.pcap"});
+  incident.poison.push_back({"52:54:00:00:00:01", false, 17, 60, 0, ""});
+  const json text = incident.to_json();
+  CHECK(text["suspect"] ==
+        json{{"direction", "receive"}, {"queue_pair", 17}, {"deaths", 2}, {"mac", "52:54:00:00:00:01"}});
+  CHECK(text["poison"][0]["file"] == "/x/1.pcap");
+  CHECK(text["poison"][1]["file"].is_null());
+  CHECK(text["poison"][1]["direction"] == "transmit");
+  CHECK(text["parked"] == "52:54:00:00:00:01");
+  // From a backend, so anything.
+  for (const std::uint32_t nonsense : {4u | 1u << 8, 0xffu, 1u, 1u | 1u << 8 | 256u << 16, 0xffffffffu}) {
+    incident.timeline.suspect = nonsense;
+    CHECK_FALSE(decode_suspect(incident.timeline));
+    CHECK(incident.to_json()["suspect"].is_null());
+  }
+}
+
+TEST_CASE("captures: one file an incident, the last hundred") {
+  const Directory directory;
+  const std::vector<std::byte> packet(60, std::byte{7});
+  const auto path = [&](int id) { return directory.path + "/" + std::to_string(id) + ".pcap"; };
+  for (const int from : {1, 61}) {  // the second half by another tandemd
+    auto log = IncidentLog::open(directory.path);
+    REQUIRE(log.has_value());
+    for (int id = from; id < from + 60; ++id) {
+      const Incident& incident = log->add(sample());
+      REQUIRE(incident.id == static_cast<std::uint64_t>(id));
+      const auto kept = log->keep_packet(incident, packet, 60);
+      REQUIRE(kept.has_value());
+      CHECK(*kept == path(id));
+    }
+    if (from == 61) CHECK(log->keep_packet(log->recent().back(), packet, 1500).has_value());
+  }
+  CHECK_FALSE(std::filesystem::exists(path(20)));
+  CHECK(std::filesystem::file_size(path(21)) == 24 + 16 + 60);
+  CHECK(std::filesystem::file_size(path(120)) == 24 + 2 * (16 + 60));
+  CHECK(std::filesystem::status(path(120)).permissions() ==
+        (std::filesystem::perms::owner_read | std::filesystem::perms::owner_write));
+}
+
 TEST_CASE("incidents do not fill memory") {
   const Directory directory;
   auto log = IncidentLog::open(directory.path);

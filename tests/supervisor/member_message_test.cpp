@@ -44,9 +44,13 @@ TEST_CASE("messages of a backend") {
   }
   for (const ControlType type : {ControlType::kTookOver, ControlType::kFirstTransaction})
     CHECK(parse_member_message(message(type, TakeoverBody{1, 0, {}}), kShards).has_value());
-  const auto refused = parse_member_message(message(ControlType::kNotHandedOver, RefusalBody{1, 0, "later\n"}), kShards);
+  const auto refused =
+      parse_member_message(message(ControlType::kNotHandedOver, RefusalBody{1, 0, "later\n"}), kShards);
   REQUIRE(refused.has_value());
   CHECK(std::get<RefusalBody>(refused->body).text == std::string("later?"));
+  const PoisonBody poison{1, 3, 0, kMaxQueuePairs - 1, PacketPhase::kReceive, 2, 60, 0};
+  const auto empty = message(ControlType::kPoison, poison);
+  REQUIRE(parse_member_message(empty, kShards).has_value());
   ProblemBody problem;
   std::memset(problem.text, 'x', sizeof problem.text);
   std::memcpy(problem.text, "\x1b[2J\n\xff", 6);
@@ -92,6 +96,16 @@ TEST_CASE("messages that no backend should send are refused with what is wrong")
       {"more shards than there can be", message(ControlType::kReady, ready(~0u, 100, 101)), "shards"},
       {"thread 0", message(ControlType::kReady, ready(2, 100, 0)), "poll thread"},
       {"a negative thread", message(ControlType::kReady, ready(2, 0x80000001, 101)), "poll thread"},
+      {"poison of no direction", message(ControlType::kPoison, PoisonBody{}), "direction 0"},
+      {"poison while applying", message(ControlType::kPoison, PoisonBody{0, 0, 0, 0, PacketPhase::kApply, 2, 0, 0}),
+       "direction 3"},
+      {"poison of a queue pair that cannot be",
+       message(ControlType::kPoison, PoisonBody{0, 0, 0, kMaxQueuePairs, PacketPhase::kReceive, 2, 0, 0}),
+       "queue pair 256"},
+      {"poison that promises bytes",
+       message(ControlType::kPoison, PoisonBody{0, 0, 0, 0, PacketPhase::kReceive, 2, 60, 60}), "poison packet"},
+      {"poison that promises too many",
+       message(ControlType::kPoison, PoisonBody{0, 0, 0, 0, PacketPhase::kReceive, 2, 60, ~0u}), "poison packet"},
       {"one thread twice", message(ControlType::kReady, ready(2, 100, 100)), "poll thread"},
   };
   for (const Row& row : rows) {

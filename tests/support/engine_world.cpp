@@ -59,11 +59,12 @@ FakeFence::FakeFence() {
 
 void FakeFence::view_again() { views_.push_back(must(FenceView::map(fd_.get()))); }
 
-void FakeFence::kill(std::uint32_t tag) {
+void FakeFence::kill(std::uint32_t tag, int signal, bool own_doing) {
   auto& slot = reinterpret_cast<tandem_fence_slot*>(slots_.data())[tag % TANDEM_FENCE_SLOTS];
   slot.time_ns = monotonic_ns();
   slot.cause = TANDEM_FENCE_SIGNAL;
-  slot.signal = 9;
+  slot.signal = static_cast<std::uint32_t>(signal);
+  slot.own_doing = own_doing ? 1 : 0;
   __atomic_store_n(&slot.tag, std::uint64_t{tag}, __ATOMIC_RELEASE);
 }
 

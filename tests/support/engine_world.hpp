@@ -36,7 +36,8 @@ inline constexpr std::uint64_t kVersion1 = std::uint64_t{1} << 32;
 class FakeFence {
  public:
   FakeFence();
-  void kill(std::uint32_t tag);
+  /// Dead by `signal`; `own_doing`: the thread's own fault, not somebody else's signal.
+  void kill(std::uint32_t tag, int signal = 9, bool own_doing = false);
   /// For this process only: a view is not inherited by children.
   [[nodiscard]] const FenceView& view() const { return views_.back(); }
   /// Makes view() anew, in a child.

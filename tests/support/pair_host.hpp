@@ -30,7 +30,8 @@ struct PairHostOptions {
   std::string backend;  ///< program; empty: tandem-backend of this build
   unsigned shards = 1;
   std::string polling = "adaptive";
-  unsigned outside_queues = 1;  ///< of the outside's cable: more spread its flows over the queues of a NIC
+  std::string configuration = {};  ///< more tables for tandemd.toml
+  unsigned outside_queues = 1;     ///< of the outside's cable: more spread its flows over the queues of a NIC
 };
 
 /// A NIC as a domain's XML would name it.

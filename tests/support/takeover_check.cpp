@@ -68,7 +68,9 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   verdict.record_left = world.record().arm.load() != 0;
   verdict.miscounted += state.transmit.packets != flows.from_guest;
   verdict.miscounted += state.receive.packets != flows.from_uplink;
-  verdict.miscounted += state.transmit.dropped != flows.bad_from_guest || state.receive.dropped != 0;
+  verdict.miscounted += state.transmit.dropped != flows.bad_from_guest;
+  verdict.miscounted += state.receive.dropped != flows.bad_from_uplink;
+  verdict.miscounted += state.transmit_suspicion.poisoned + state.receive_suspicion.poisoned != flows.poisoned;
   verdict.stopped +=
       state.transmit.fault.load() != QueueFault::kNone || state.receive.fault.load() != QueueFault::kNone;
   return verdict;

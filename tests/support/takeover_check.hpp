@@ -33,7 +33,9 @@ struct Flows {
   PacketFlow flow;
   Ledger uplink, guest;
   std::uint32_t from_guest = 0, from_uplink = 0;
-  std::uint32_t bad_from_guest = 0;  ///< chains that have to be dropped, counted and given back
+  std::uint32_t bad_from_guest = 0;   ///< chains that have to be dropped, counted and given back
+  std::uint32_t bad_from_uplink = 0;  ///< packets that have to be dropped and counted
+  std::uint32_t poisoned = 0;         ///< of both: dropped because owners died on them
 
   /// More packets; as many as fit.
   void send(EngineWorld& world, std::uint32_t guest_packets, std::uint32_t uplink_packets);

@@ -111,8 +111,7 @@ class Site {
       }
       case 1: {
         const auto bytes = input.take(input.u16() % 512);
-        if (!bytes.empty()) static_cast<void>(supervisor.send(bytes, fds));
-        return;
+        return send(supervisor, bytes, fds);
       }
       case 2: {
         header.type = ControlType::kAttach;
@@ -134,6 +133,14 @@ class Site {
     std::vector<std::byte> message;
     append(message, header);
     message.insert(message.end(), body.begin(), body.end());
+    send(supervisor, message, fds);
+  }
+
+  // All but drills: those make the backend abort, spin or block, as they should.
+  static void send(FdChannel& supervisor, std::span<const std::byte> message, std::span<const int> fds) {
+    ControlHeader header;
+    if (message.size() >= sizeof header) std::memcpy(&header, message.data(), sizeof header);
+    if (message.empty() || header.type == ControlType::kDrill) return;
     static_cast<void>(supervisor.send(message, fds));
   }
 
