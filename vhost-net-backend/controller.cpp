@@ -138,7 +138,10 @@ Status Controller::run() {
         return within("obey the supervisor", std::move(message.error()));
       }
       if (message) {
-        if (auto obeyed = obey(std::move(*message)); !obeyed) problem(0, obeyed.error().text);
+        if (auto obeyed = obey(std::move(*message)); !obeyed) {
+          if (obeyed.error().kind == ErrorKind::kGone) return obeyed;
+          problem(0, obeyed.error().text);
+        }
       }
     }
     for (std::uint32_t i = 0; i < shards_.size(); ++i) {
@@ -177,6 +180,7 @@ Status Controller::obey(ChannelMessage message) {
       if (arm.peer_tag != 0 && message.fds.size() == 1)
         peer = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.peer_pid),
                                           static_cast<pid_t>(arm.peer_tid), arm.peer_tag);
+      armed_ = true;
       shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(peer)});
       return {};
     }
@@ -214,11 +218,21 @@ Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd>
     std::memcpy(&description, body.data() + i * sizeof description, sizeof description);
     auto port = XskPort::map(description, std::move(fds[2 * i]), std::move(fds[2 * i + 1]),
                              "uplink of device " + std::to_string(attach.device) + ", queue " + std::to_string(i));
-    if (!port) return within("attach", std::move(port.error()));
+    if (!port) return cannot_attach(attach.device, port.error().text);
     uplink->ports.push_back(std::move(*port));
   }
   for (auto& shard : shards_) shard->post(AttachCommand{uplink});
   return {};
+}
+
+// Not yet armed: leave, so that no takeover ever waits for us; the supervisor tries again later. Armed: other devices
+// depend on this process, so it stays, and the supervisor decides what becomes of the new one.
+Status Controller::cannot_attach(std::uint32_t device, const std::string& why) {
+  if (!armed_) return fail(ErrorKind::kGone, "attach device " + std::to_string(device) + ": " + why);
+  ProblemBody body;
+  body.device = device;
+  std::snprintf(body.text, sizeof body.text, "%s", why.c_str());
+  return report(ControlType::kCannotAttach, body);
 }
 
 Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueFd> fds) {

@@ -124,6 +124,7 @@ bool Shard::let_go() {
   epoll_.reset();
   for (Served& served : devices_) discard(std::move(served.in_force));
   asleep_work_since_ns_ = 0;
+  idle_rounds_ = {};
   return true;
 }
 

@@ -458,8 +458,7 @@ std::uint32_t receive_burst(QueuePair& pair) {
   if (waiting == 0) return 0;
   const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
-  pair.receive_starved = false;
-  vring.starved = 0;
+  std::uint32_t starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
   const Suspected& suspect = pair.receive_suspect;
@@ -486,9 +485,8 @@ std::uint32_t receive_burst(QueuePair& pair) {
       const Placed placed = place(pair, packet, descriptor.len, heads, ready);
       if (placed.result == Placed::kNoRecordRoom) break;
       if (placed.result == Placed::kNoBuffers) {
-        pair.receive_starved = true;
         pair.starved_avail = static_cast<std::uint16_t>(vring.next_avail + ready);
-        vring.starved = kStarvedMark | pair.starved_avail;
+        starved = kStarvedMark | pair.starved_avail;
         break;
       }
       heads += placed.heads;
@@ -501,6 +499,9 @@ std::uint32_t receive_burst(QueuePair& pair) {
       record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
     }
   }
+  // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
+  pair.receive_starved = starved != 0;
+  vring.starved = starved;
   if (taken == 0) {
     let_go(pair);
     return 0;

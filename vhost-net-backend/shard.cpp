@@ -27,6 +27,8 @@ constexpr std::uint64_t kBell = kMailbox - 1;
 constexpr int kShortSleepMs = 1;
 // How often an heir looks whether a sleeping owner sleeps through work; everything else wakes it.
 constexpr int kHeirPeriodMs = 100;
+// An heir that suspects its owner of passing work by looks again so soon.
+constexpr std::uint64_t kSuspicionNs = 250'000;
 // The owner pushes the dead man's switch at most this often.
 constexpr std::uint64_t kBeatMicroseconds = 1000;
 // An heir waits so long for a description that its dead owner had in force; the supervisor sends it to heirs first.
@@ -130,6 +132,7 @@ void Shard::execute(ArmCommand& command) {
 }
 
 void Shard::execute(DrillCommand& command) {
+  if (command.fault == DrillFault::kLivelock && owner_) livelock();
   const std::byte* read_only = nullptr;
   for (const Served& served : devices_)
     if (served.in_force && served.in_force->description().region_count > 0)
@@ -280,6 +283,8 @@ void Shard::wait_as_heir() {
   if (bell_) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, bell_.get(), &event);
   while (!stop_) {
     run_commands();
+    // The supervisor ends an heir that stands still.
+    if (tag_ != 0) state().heir_beat_ns.store(monotonic_ns(), std::memory_order_relaxed);
     if (hand_over_wanted_) {
       ask_owner();
       await_grant();
@@ -299,7 +304,7 @@ void Shard::wait_as_heir() {
     epoll_event woken[4];
     if (::epoll_wait(epoll.get(), woken, 4, period) < 0) continue;
     ring_.drain();
-    switch_.drain();
+    switch_expired_ = switch_.drain();
     std::uint64_t count = 0;
     [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
   }
@@ -334,8 +339,10 @@ void Shard::watch_owner() {
   view.still_ns =
       static_cast<std::uint64_t>(static_cast<double>(rte_rdtsc() - beat) * 1e9 / static_cast<double>(config_.tsc_hz));
   view.marked_asleep = shard.asleep.load(std::memory_order_acquire) != 0;
+  view.work_pending = work_waits();
+  view.passes_work_by = idle_rounds_.look(view.work_pending, beat, shard.transactions.load(std::memory_order_acquire));
+  const bool expired = std::exchange(switch_expired_, false);
   if (view.marked_asleep) {
-    view.work_pending = owner_sleeps_through_work();
     if (!view.work_pending) {
       asleep_work_since_ns_ = 0;
     } else if (asleep_work_since_ns_ == 0 || asleep_work_beat_ != beat) {
@@ -344,19 +351,25 @@ void Shard::watch_owner() {
       asleep_work_beat_ = beat;
     }
     view.asleep_work_ns = asleep_work_since_ns_ == 0 ? 0 : now - asleep_work_since_ns_;
+    if (view.asleep_work_ns > view.blocked_limit_ns) watchdog_->look(view);
   } else {
     asleep_work_since_ns_ = 0;
-    if (view.still_ns <= std::min(view.spin_limit_ns, view.blocked_limit_ns)) return;
-    watchdog_->look(view);
+    const std::uint64_t limit = std::min(view.spin_limit_ns, view.blocked_limit_ns);
+    if (!view.passes_work_by && view.still_ns <= limit) {
+      // It beats, and has not pushed: because it passes work by, or because it will in a moment.
+      if (expired) switch_.push(idle_rounds_.suspicious() ? kSuspicionNs : limit);
+      return;
+    }
+    if (!view.passes_work_by) watchdog_->look(view);
   }
   const HangVerdict verdict = judge(view);
   if (verdict == HangVerdict::kNone) {
-    // Starved or nearly over a limit: ask again soon. A sleeper is asked at the heir's own period.
-    if (!view.marked_asleep) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
+    // Starved or nearly over a limit: ask again soon. A sleeper without work is asked at the heir's own period.
+    if (!view.marked_asleep || view.work_pending) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
     return;
   }
   // It may have gone on while we looked.
-  if (shard.heartbeat_tsc.load(std::memory_order_acquire) != beat) return;
+  if (!view.passes_work_by && shard.heartbeat_tsc.load(std::memory_order_acquire) != beat) return;
   if (verdict_ != HangVerdict::kNone) {
     if (now - verdict_ns_ < kCannotDieNs) return;
     say(ProblemEvent{0, "the owner of this shard is hung and does not die of SIGKILL (state " +
@@ -369,8 +382,22 @@ void Shard::watch_owner() {
   watchdog_->kill();
 }
 
-// Looks at the rings through the descriptions held here; writes nothing.
-bool Shard::owner_sleeps_through_work() {
+namespace {
+
+// Whether the uplink takes another frame: a full TX ring, or frames that it keeps, are its fault and not the owner's.
+// While the owner moves nothing this can only become true, never false.
+bool takes_frames(const XskPort& port, const QueuePairState& pair) {
+  if (port.tx.producer() - port.tx.consumer() >= port.tx.size()) return false;
+  if (port.completion.producer() != port.completion.consumer()) return true;
+  const std::uint32_t words = port.description().tx_frames / 64;
+  return std::any_of(pair.transmit_busy, pair.transmit_busy + words, [](std::uint64_t busy) { return ~busy != 0; });
+}
+
+}  // namespace
+
+// Whether there is work that an owner would do if it looked. Looks at the rings through the descriptions held here;
+// writes nothing.
+bool Shard::work_waits() {
   for (const Served& served : devices_) {
     if (!served.uplink) continue;
     std::uint64_t generation = 0;
@@ -387,8 +414,8 @@ bool Shard::owner_sleeps_through_work() {
                cursors.start_count == bound.start_count && bound.queue.avail_index() != cursors.next_avail;
       };
       if (!serves(index)) continue;
-      // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
-      if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
+      // Packets without buffers are the guest's fault.
+      if (works(transmit, pair.transmit) && takes_frames(port, pair)) return true;
       if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
           pair.receive.starved != (kStarvedMark | receive.queue.avail_index()))
         return true;
@@ -427,6 +454,21 @@ void Shard::look_at_suspects(QueuePair& pair) {
   for (PoisonPacket& packet : dropped) say(PoisonEvent{device_of(pair.index), std::move(packet), epoch_});
 }
 
+// With many queue pairs one round may take longer than the limits: each one that moves something is a sign of life.
+void Shard::keep_alive() {
+  const std::uint64_t now = rte_rdtsc();
+  state().heartbeat_tsc.store(now, std::memory_order_relaxed);
+  if (now - last_beat_ > config_.tsc_hz / 1'000'000 * kBeatMicroseconds) beat(now);
+}
+
+// A drill: the loop as it should be, but for the work.
+void Shard::livelock() {
+  for (;;) {
+    keep_alive();
+    rte_pause();
+  }
+}
+
 bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
@@ -435,8 +477,11 @@ bool Shard::poll_once() {
     if (suspects) [[unlikely]]
       look_at_suspects(pair);
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
-    if (pair.can_transmit()) worked |= transmit_burst(pair) != 0;
-    if (pair.can_receive()) worked |= receive_burst(pair) != 0;
+    bool moved = false;
+    if (pair.can_transmit()) moved |= transmit_burst(pair) != 0;
+    if (pair.can_receive()) moved |= receive_burst(pair) != 0;
+    if (moved && pairs_.size() > 1) keep_alive();
+    worked |= moved;
     if (suspects) [[unlikely]]
       look_at_suspects(pair);
   }

@@ -157,13 +157,15 @@ class Shard {
   void watch_owner();
   bool holds_all_in_force();
   bool holds_what_is_in_force();
-  bool owner_sleeps_through_work();
+  bool work_waits();
   void beat(std::uint64_t now);
   void push_switch();
   void poll_as_owner();
   bool poll_once();
   void look_at_suspects(QueuePair& pair);
   [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
+  void keep_alive();
+  [[noreturn]] void livelock();
   void sleep();
   void build_epoll();
   void arm_receive_event(std::size_t pair, bool wanted);
@@ -219,6 +221,8 @@ class Shard {
   std::shared_ptr<Watchdog> watchdog_;
   HangVerdict verdict_ = HangVerdict::kNone;
   std::uint64_t verdict_ns_ = 0;
+  IdleRounds idle_rounds_;
+  bool switch_expired_ = false;
   std::uint64_t asleep_work_since_ns_ = 0;
   std::uint64_t asleep_work_beat_ = 0;  // the owner's heartbeat then: another one now means that it woke in between
   std::uint64_t missing_since_ns_ = 0;  // since when a dead owner's descriptions are not all held here

@@ -27,7 +27,8 @@ class DeadManSwitch {
   void push(std::uint64_t limit_ns) const;
   /// For the heir's epoll: readable once expired; drain() makes it silent until the next expiry.
   [[nodiscard]] int fd() const { return timer_.get(); }
-  void drain() const;
+  /// True if it had expired.
+  bool drain() const;
 
  private:
   UniqueFd timer_;
@@ -37,6 +38,7 @@ class DeadManSwitch {
 struct OwnerView {
   bool marked_asleep = false;
   bool work_pending = false;
+  bool passes_work_by = false;       ///< went round its loop again and again with work pending, and moved nothing
   std::uint64_t still_ns = 0;        ///< since its last heartbeat
   std::uint64_t asleep_work_ns = 0;  ///< how long it has slept through pending work
   char state = '?';                  ///< proc(5)
@@ -46,6 +48,32 @@ struct OwnerView {
 /// Starved threads (runnable, no CPU) are left alone this long.
 inline constexpr std::uint64_t kStarvedLimitNs = 1'000'000'000;
 HangVerdict judge(const OwnerView& view);
+
+/// What an heir remembers from look to look to tell a loop that turns without working.
+class IdleRounds {
+ public:
+  /// `beat` changes once a round; `moved` whenever anything has crossed. True once so many rounds began with work
+  /// pending and moved nothing that the work cannot have come too late for all of them.
+  bool look(bool work_pending, std::uint64_t beat, std::uint64_t moved) {
+    if (!work_pending || !watching_ || moved != moved_) {
+      watching_ = work_pending;
+      moved_ = moved;
+      rounds_ = 0;
+    } else if (beat != beat_) {
+      ++rounds_;
+    }
+    beat_ = beat;
+    return rounds_ >= kRounds;
+  }
+  [[nodiscard]] bool suspicious() const { return watching_; }
+
+ private:
+  // Two would do: between two new heartbeats lies a whole round. A nap beats once more without one.
+  static constexpr unsigned kRounds = 4;
+  bool watching_ = false;
+  std::uint64_t beat_ = 0, moved_ = 0;
+  unsigned rounds_ = 0;
+};
 
 /// The heir's end: the one thread that it watches while that owns the shard.
 class Watchdog {

@@ -38,6 +38,7 @@ enum class ControlType : std::uint16_t {
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
   kNotHandedOver = 107,  ///< RefusalBody: kHandOver came to nothing
   kPoison = 108,         ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
+  kCannotAttach = 109,   ///< ProblemBody: an armed backend cannot map a new device's uplink; one not yet armed leaves
 };
 
 struct ControlHeader {
@@ -89,6 +90,7 @@ enum class DrillFault : std::uint32_t {
   kSpin = 4,      ///< an endless loop in the poll thread
   kBlock = 5,     ///< the poll thread sleeps without having said so
   kExit = 6,      ///< the poll thread ends the process as exit() would
+  kLivelock = 7,  ///< the poll thread goes on beating and does no work
 };
 
 struct DrillBody {

@@ -69,6 +69,7 @@ enum class HangVerdict : std::uint32_t {
   kBlocked = 2,         ///< sleeps, is stopped or frozen, without having marked itself asleep
   kAsleepWithWork = 3,  ///< marked itself asleep and sleeps through work
   kStarved = 4,         ///< got no CPU for so long that waiting on makes no sense
+  kNoProgress = 5,      ///< its loop turns and beats, and passes work by
 };
 
 /// How a shard changed hands.
@@ -123,7 +124,9 @@ struct alignas(64) ShardState {
   /// nobody ever has, with another one its owner has let go.
   std::atomic<std::uint64_t> owner;
   Handover handover;
-  std::uint64_t reserved0[2];
+  /// Written by the heir, at least every 100 ms: CLOCK_MONOTONIC ns when it last looked for its owner.
+  std::atomic<std::uint64_t> heir_beat_ns;
+  std::uint64_t reserved0;
   /// Written by the supervisor: how long an owner may stand still, in ns (the smallest limits of the NICs it serves).
   alignas(64) std::atomic<std::uint64_t> spin_limit_ns;
   std::atomic<std::uint64_t> blocked_limit_ns;

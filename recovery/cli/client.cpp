@@ -39,7 +39,8 @@ Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohman
     const ssize_t count = ::recv(socket.get(), buffer, sizeof buffer, 0);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0 && errno == EAGAIN)
-      return fail(ErrorKind::kGone, doing + ": no answer within " + std::to_string(limit_seconds) + " s; see its log");
+      return fail(ErrorKind::kSystem,
+                  doing + ": no answer within " + std::to_string(limit_seconds) + " s; see its log");
     if (count < 0) return fail_errno(doing);
     if (count == 0) return fail(ErrorKind::kGone, doing + ": it closed the connection without an answer; see its log");
     received.append(buffer, static_cast<std::size_t>(count));

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // virt-tandem: Tandem's command line beside virsh, and the other end of libvirt's hook.
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
+#include <thread>
 
 #include "recovery/cli/client.hpp"
 #include "recovery/cli/host_validate.hpp"
@@ -53,6 +55,22 @@ int host_validate(const Options& options) {
   return failed ? 1 : 0;
 }
 
+// A tandemd that dies over a request is back within a second or two, and asking again is safe: it takes back what the
+// first try left. libvirt asks only once, so the hook does.
+tandem::Result<json> ask_patiently(const std::string& socket, const json& request) {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kRestart = std::chrono::seconds{3};
+  constexpr int kMostDeaths = 3;
+  auto until = Clock::now() + kRestart;
+  for (int deaths = 0;;) {
+    auto answer = tandem::ask_tandemd(socket, request);
+    if (answer || answer.error().kind == tandem::ErrorKind::kInvalid) return answer;  // a refusal is an answer
+    if (answer.error().kind == tandem::ErrorKind::kGone && ++deaths <= kMostDeaths) until = Clock::now() + kRestart;
+    if (Clock::now() >= until) return answer;
+    std::this_thread::sleep_for(std::chrono::milliseconds{50});
+  }
+}
+
 // libvirt's hook: NAME OPERATION SUB_OPERATION EXTRA, the domain's XML on standard input. What goes to standard error
 // appears in virsh's message when the start is refused.
 int hook(const Options& options, const std::vector<std::string>& words) {
@@ -62,7 +80,7 @@ int hook(const Options& options, const std::vector<std::string>& words) {
   const bool ending = word(1) == "release";
   // Everything else must succeed: a failing "reconnect" would make libvirtd kill the running guest.
   if ((!starting && !ending) || !tandem::names_tandem(xml)) return 0;
-  const auto answer = tandem::ask_tandemd(
+  const auto answer = ask_patiently(
       options.socket,
       {{"command", "hook"}, {"name", word(0)}, {"operation", word(1)}, {"sub_operation", word(2)}, {"xml", xml}});
   if (answer) return 0;
@@ -101,7 +119,7 @@ int main(int argc, char** argv) {
   drill->add_option("--pair", pair, "pair to drill");
   switchover->add_option("--pair", pair, "pair to switch over");
   drill->add_option("--fault", fault, "how to fail")
-      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit"}));
+      ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit", "livelock"}));
   std::string mac, reason;
   for (auto* command : {disable, enable}) command->add_option("mac", mac, "the NIC's MAC address")->required();
   disable->add_option("--reason", reason, "shown by status");

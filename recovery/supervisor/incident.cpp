@@ -28,6 +28,8 @@ nlohmann::json hang_name(HangVerdict verdict) {
       return "asleep with work pending";
     case HangVerdict::kStarved:
       return "starved";
+    case HangVerdict::kNoProgress:
+      return "no progress";
   }
   return "unknown";
 }

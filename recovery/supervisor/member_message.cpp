@@ -111,6 +111,7 @@ Result<MemberMessage> parse_member_message(std::span<const std::byte> bytes, std
       return read<RefusalBody>(header.type, body, shards);
     case ControlType::kPoison:
       return read_poison(body, shards);
+    case ControlType::kCannotAttach:
     case ControlType::kProblem:
       return read<ProblemBody>(header.type, body, shards);
     default:

@@ -25,7 +25,7 @@ struct PoisonMessage {
 struct MemberMessage {
   ControlType type{};
   /// By type. kReady: ReadyBody; kHeld, kInForce, kDetached: DeviceBody; kTookOver, kFirstTransaction: TakeoverBody;
-  /// kNotHandedOver: RefusalBody; kProblem: ProblemBody; kPoison: PoisonMessage.
+  /// kNotHandedOver: RefusalBody; kCannotAttach, kProblem: ProblemBody; kPoison: PoisonMessage.
   std::variant<ReadyBody, DeviceBody, TakeoverBody, RefusalBody, ProblemBody, PoisonMessage> body;
 };
 

@@ -45,11 +45,13 @@ struct Nic {
   std::uint32_t first_queue_pair = 0;
   std::optional<Uplink> uplink;
   EventLoop::Source uplink_watch;
-  std::string uplink_problem;  ///< empty while it works
+  EventLoop::Timer carrier_limit;  ///< runs until the uplink is connected
+  std::string uplink_problem;      ///< empty while it works
   std::optional<VhostUserDevice> device;
   bool connected = false;
   std::uint64_t connection = 0;
   std::optional<PendingRequest> pending;
+  std::string start_failure;  ///< why its domain's start must be refused; empty: no reason yet
   bool releasing = false;
   std::optional<Disabled> disabled;
   std::vector<ControlServer::Answer> when_disabled;

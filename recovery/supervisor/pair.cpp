@@ -24,10 +24,16 @@ using namespace std::chrono_literals;
 
 // A member that lived shorter than this before it owned anything counts as an early death.
 constexpr std::uint64_t kEarlyNs = 2'000'000'000;
+constexpr unsigned kAlarmingDeaths = 3;
 constexpr auto kStartLimit = 30s;
 constexpr auto kDetachLimit = 1s;
 // An heir reports sooner, whatever comes of it (handover.cpp): one that does not is hung.
 constexpr auto kHandoverLimit = 1s;
+// How often standbys are looked at, and how long one may not have looked for its owner itself (it does every 100 ms):
+// longer if it waits for a CPU.
+constexpr auto kHeirLook = 250ms;
+constexpr std::uint64_t kHeirLimitNs = 1'000'000'000;
+constexpr std::uint64_t kStarvedHeirLimitNs = 5'000'000'000;
 constexpr auto kLongestBackOff = 5s;
 
 std::uint64_t now_ns() {
@@ -175,6 +181,7 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
   // In the middle of a handover each may own some of the shards: then the heir's report decides.
   const bool owns = shards_owned(member) > 0 && owner() == nullptr;
   member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
+  member.heir_since_ns = now_ns();
   if (owns) owner_pid_ = pid;
 }
 
@@ -196,12 +203,20 @@ void Pair::resume() {
   else
     state_ = armed ? PairState::kTakingOver : PairState::kStarting;
   spdlog::info("pair {}: adopted, {}", name_, pair_state_name(state_));
-  // Our predecessor may have died before it armed them.
+  // Our predecessor may have died before it armed them, or after it told them of a device that it kept nowhere.
+  for (Member& member : members_) {
+    for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
+      if (member.stage == Member::Stage::kDead || devices_.contains(device)) continue;
+      if (auto sent = member.send(ControlType::kDetach, DeviceBody{device, 0, 0}); !sent)
+        end(member, sent.error().text);
+    }
+  }
   for (Member& member : members_) {
     for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
       if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
   }
   if (!armed) spawn_soon();
+  look_at_heirs();
   listener_.on_state(*this);
 }
 
@@ -290,6 +305,7 @@ void Pair::step(PairEvent event) {
       break;
     case PairAction::kKillAll:
       respawn_.reset();
+      heir_look_.reset();
       // Their deaths are no events for a pair that may be started again before they are reaped.
       for (Member& member : members_) {
         member.kill();
@@ -430,6 +446,11 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
     }
     case ControlType::kNotHandedOver:
       return on_not_handed_over(std::get<RefusalBody>(parsed->body).text);
+    case ControlType::kCannotAttach: {
+      const auto& problem = std::get<ProblemBody>(parsed->body);
+      if (devices_.contains(problem.device)) listener_.on_cannot_attach(*this, problem.device, problem.text);
+      return;
+    }
     default:
       spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(),
                    std::get<ProblemBody>(parsed->body).device, std::get<ProblemBody>(parsed->body).text);
@@ -470,6 +491,36 @@ void Pair::arm(Member& member) {
   for (std::uint32_t i = 0; i < config_.shards; ++i)
     if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
+  member.heir_since_ns = now_ns();
+  look_at_heirs();
+}
+
+// Owners are watched by their heirs; who watches these is here.
+void Pair::look_at_heirs() {
+  heir_look_ = loop_.after(kHeirLook, [this] { look_at_heirs(); });
+  for (Member& member : members_) {
+    for (std::uint32_t i = 0; i < config_.shards && member.stage == Member::Stage::kArmed; ++i) look_at_heir(member, i);
+  }
+}
+
+void Pair::look_at_heir(Member& member, std::uint32_t shard) {
+  const ShardState& state = segment_->shards[shard];
+  if (owner_tag(state.owner.load(std::memory_order_acquire)) == member.tags[shard]) return;
+  const std::uint64_t now = now_ns();
+  const std::uint64_t last = std::max(state.heir_beat_ns.load(std::memory_order_relaxed), member.heir_since_ns);
+  if (now < last + kHeirLimitNs) return;
+  if (member.ended_as_hung_ns != 0) {
+    if (now > member.ended_as_hung_ns + kHeirLimitNs)
+      spdlog::critical("pair {}: standby {} is hung and does not die of SIGKILL: the pair has no standby until it does",
+                       name_, member.pid());
+    member.ended_as_hung_ns = now;
+    return;
+  }
+  const char thread = thread_state(member.pid(), member.threads[shard]);
+  if (thread == 'R' && now < last + kStarvedHeirLimitNs) return;
+  member.ended_as_hung_ns = now;
+  end(member, "it is standby and has not looked for its owner for " + std::to_string((now - last) / 1'000'000'000) +
+                  " s (state " + std::string(1, thread) + ")");
 }
 
 // Watch first, confirmed; then each one's death is to wake the other; then it may own. Its peer is told too: after a
@@ -531,6 +582,7 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
   for (Member& other : members_) {
     if (other.stage != Member::Stage::kOwner) continue;
     other.stage = fence_.dead(other.tags[0]) ? Member::Stage::kDead : Member::Stage::kArmed;
+    other.heir_since_ns = now_ns();
   }
   member.stage = Member::Stage::kOwner;
   owner_pid_ = member.pid();
@@ -578,7 +630,13 @@ void Pair::on_exit(pid_t pid) {
     spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
-  if (early && state_ != PairState::kStopped) ++early_deaths_;
+  if (!early)
+    early_deaths_ = 0;
+  else if (state_ != PairState::kStopped && ++early_deaths_ == kAlarmingDeaths)
+    spdlog::critical(
+        "pair {}: {} backends in a row died right after their start: it has no standby until one lives; what they "
+        "said is above",
+        name_, early_deaths_);
   forget_watches(*found, was_owner);
   members_.erase(found);
   std::vector<std::uint32_t> waiting;

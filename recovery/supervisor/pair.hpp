@@ -7,6 +7,7 @@
 
 #include <systemd/sd-event.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -34,6 +35,8 @@ class TagSource {
   std::uint32_t next();
   /// A tag that a dead supervisor gave out and that may still be named.
   void adopt(std::uint32_t tag);
+  /// From here on only higher tags: a dead supervisor gave out these, and some are marked dead.
+  void begin_after(std::uint32_t tag) { last_ = std::max(last_, tag); }
   void retire(std::uint32_t tag);
 
  private:
@@ -55,6 +58,8 @@ class Pair {
     virtual ~Listener() = default;
     virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
+    /// A member that serves already cannot map what a new device needs, and goes on without it.
+    virtual void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) = 0;
     /// A shard changed hands, by a death or (timeline.kind) by a handover, in which the victim lives on.
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                              pid_t heir) = 0;
@@ -164,6 +169,8 @@ class Pair {
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
   void on_not_handed_over(const std::string& why);
+  void look_at_heirs();
+  void look_at_heir(Member& member, std::uint32_t shard);
   void forget_watches(Member& member, bool owned);
   void forget_dead_tags();
   void note_detached(std::uint32_t device, pid_t pid);
@@ -198,6 +205,7 @@ class Pair {
   unsigned early_deaths_ = 0;  // in a row, for the back-off
   EventLoop::Timer respawn_;
   EventLoop::Timer handover_limit_;
+  EventLoop::Timer heir_look_;
   std::string refusal_;                                 // why the last handover came to nothing
   std::map<std::uint32_t, EventLoop::Timer> detached_;  // reports on their way, by device
 };

@@ -155,7 +155,7 @@ void Supervisor::disable(Nic& nic, Disabled how, ControlServer::Answer done) {
 }
 
 void Supervisor::begin_disable(Nic& nic) {
-  if (auto saved = save_nic(nic); !saved)
+  if (auto saved = keep_nic(nic); !saved)
     spdlog::error("NIC {}: keep in the vault that it is disabled: {}", nic.option.mac, saved.error().text);
   nic.connected = false;
   nic.device->disconnect();
@@ -185,7 +185,7 @@ Status Supervisor::enable(Nic& nic) {
   if (!socket) return within(doing, std::move(socket.error()));
   const Disabled before = *std::exchange(nic.disabled, std::nullopt);
   nic.kills.clear();
-  Status enabled = save_nic(nic);
+  Status enabled = keep_nic(nic);
   if (enabled) enabled = vault_->listen(nic.option.mac, socket->get());
   if (!enabled) {
     nic.disabled = before;

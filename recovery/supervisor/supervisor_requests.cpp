@@ -100,32 +100,40 @@ void Supervisor::prepare_domain(const DomainOption& domain, const ControlServer:
   provisioning_.push_back(std::move(provisioning));
   Provisioning* stored = &provisioning_.back();
   stored->limit = loop_.after(kProvisionLimit, [this, stored] {
-    const ControlServer::Answer late = stored->answer;
-    const std::vector<std::string> macs = stored->macs;
-    provisioning_.remove_if([stored](const Provisioning& other) { return &other == stored; });
-    const auto left = std::make_shared<std::size_t>(macs.size());
-    for (const std::string& mac : macs)
-      release(mac, [left, late] {
-        if (--*left == 0)
-          late(refusal("its backends did not become ready within 20 s; tandemd's log says why they do not start"));
-      });
+    refuse_start(stored, "its backends did not become ready within 20 s; tandemd's log says why they do not start");
   });
   check_provisioning();
 }
 
+// Takes back what the domain has got, then says why.
+void Supervisor::refuse_start(const Provisioning* provisioning, const std::string& why) {
+  const ControlServer::Answer answer = provisioning->answer;
+  const std::vector<std::string> macs = provisioning->macs;
+  provisioning_.remove_if([provisioning](const Provisioning& other) { return &other == provisioning; });
+  const auto left = std::make_shared<std::size_t>(macs.size());
+  for (const std::string& mac : macs)
+    release(mac, [left, answer, why] {
+      if (--*left == 0) answer(refusal(why));
+    });
+}
+
 void Supervisor::check_provisioning() {
   for (auto entry = provisioning_.begin(); entry != provisioning_.end();) {
+    const auto current = entry++;
     bool ready = true;
-    for (const std::string& mac : entry->macs) {
+    std::string failure;
+    for (const std::string& mac : current->macs) {
       const auto nic = nics_.find(mac);
-      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired;
+      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired &&
+              nic->second.uplink->connected();
+      if (nic != nics_.end() && !nic->second.start_failure.empty()) failure = nic->second.start_failure;
     }
-    if (!ready) {
-      ++entry;
-      continue;
+    if (!failure.empty()) {
+      refuse_start(&*current, failure);
+    } else if (ready) {
+      current->answer({{"ok", true}});
+      provisioning_.erase(current);
     }
-    entry->answer({{"ok", true}});
-    entry = provisioning_.erase(entry);
   }
 }
 
@@ -142,15 +150,17 @@ void Supervisor::release_domain(const std::string& name, const ControlServer::An
 }
 
 void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answer& answer) {
-  static const std::map<std::string, DrillFault> kFaults{{"segv", DrillFault::kBadStore}, {"abort", DrillFault::kAbort},
-                                                         {"bus", DrillFault::kBusError},  {"spin", DrillFault::kSpin},
-                                                         {"block", DrillFault::kBlock},   {"exit", DrillFault::kExit}};
+  static const std::map<std::string, DrillFault> kFaults{
+      {"segv", DrillFault::kBadStore},    {"abort", DrillFault::kAbort}, {"bus", DrillFault::kBusError},
+      {"spin", DrillFault::kSpin},        {"block", DrillFault::kBlock}, {"exit", DrillFault::kExit},
+      {"livelock", DrillFault::kLivelock}};
   const auto pair = pairs_.find(text_of(request, "pair"));
   if (pair == pairs_.end())
     return answer(
         refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
   const auto fault = kFaults.find(text_of(request, "fault"));
-  if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin, block or exit"));
+  if (fault == kFaults.end())
+    return answer(refusal("drill: the fault must be segv, abort, bus, spin, block, exit or livelock"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
   await_incidents({pair->first, before, false, 1, answer, {}},

@@ -17,6 +17,7 @@ struct ShardSteps {
   static void run_commands(Shard& shard) { shard.run_commands(); }
   static bool take_over(Shard& shard) { return shard.take_over(); }
   static bool poll_once(Shard& shard) { return shard.poll_once(); }
+  static bool work_waits(Shard& shard) { return shard.work_waits(); }
   static void ask_owner(Shard& shard) { shard.ask_owner(); }
   static void follow_request(Shard& shard) { shard.follow_request(); }
   static bool let_go(Shard& shard) { return shard.let_go(); }
@@ -211,6 +212,7 @@ void ShardStepper::hold(std::shared_ptr<const UplinkPorts> ports, std::vector<st
 }
 
 bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_); }
+bool ShardStepper::work_waits() { return ShardSteps::work_waits(*shard_); }
 void ShardStepper::ask_owner() {
   post(HandOverCommand{});
   run_commands();

@@ -130,6 +130,8 @@ class ShardStepper {
   void follow_request();
   bool let_go();
   bool left_to_another();
+  /// As heir: whether there is work that the owner would do if it looked.
+  bool work_waits();
   bool poll_once();
   /// What the owner does before and after it sleeps, without the sleep: there is work or a file that wakes it at once.
   void sleep();
