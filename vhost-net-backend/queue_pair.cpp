@@ -16,6 +16,7 @@
 #include "vhost-net-backend/descriptor_chain.hpp"
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
+#include "vhost-net-backend/protection.hpp"
 
 namespace tandem {
 
@@ -56,13 +57,14 @@ void arm(QueuePair& pair) {
   RedoRecord& record = pair.shard->record;
   TANDEM_PROBE(kStaged);
   // The commit point. Release: payload, record and everything before it are visible to whoever sees the arm word.
-  record.arm.store(std::uint64_t{record.epoch} << 32 | record_crc(record), std::memory_order_release);
+  if constexpr (kProtected)
+    record.arm.store(std::uint64_t{record.epoch} << 32 | record_crc(record), std::memory_order_release);
   TANDEM_PROBE(kArmed);
 }
 
 void disarm(QueuePair& pair) {
   // Release: an heir that sees 0 sees everything that Apply did.
-  pair.shard->record.arm.store(0, std::memory_order_release);
+  if constexpr (kProtected) pair.shard->record.arm.store(0, std::memory_order_release);
   TANDEM_PROBE(kDisarmed);
 }
 

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <ctime>
 
+#include "vhost-net-backend/protection.hpp"
+
 namespace tandem {
 
 namespace {
@@ -493,8 +495,10 @@ void Shard::poll_as_owner() {
   std::uint64_t last_work = rte_rdtsc();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
-    shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
-    if (now - last_beat_ > beat_cycles) beat(now);
+    if constexpr (kProtected) {
+      shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
+      if (now - last_beat_ > beat_cycles) beat(now);
+    }
     if (shard.handover.request.load(std::memory_order_relaxed) != 0 && let_go()) return;
     if (has_commands_.load(std::memory_order_relaxed)) {
       run_commands();
@@ -539,7 +543,7 @@ void Shard::sleep() {
   shard.asleep.store(1, std::memory_order_release);
   epoll_event woken[16];
   const int count = ::epoll_wait(epoll_.get(), woken, 16, work ? 0 : timeout);
-  shard.heartbeat_tsc.store(rte_rdtsc(), std::memory_order_relaxed);
+  if constexpr (kProtected) shard.heartbeat_tsc.store(rte_rdtsc(), std::memory_order_relaxed);
   shard.asleep.store(0, std::memory_order_release);
   for (int i = 0; i < count; ++i) {
     std::uint64_t value = 0;
