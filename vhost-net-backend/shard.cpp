@@ -12,6 +12,7 @@
 #include <cstring>
 #include <ctime>
 
+#include "common/thread_priority.hpp"
 #include "vhost-net-backend/protection.hpp"
 
 namespace tandem {
@@ -428,6 +429,8 @@ bool Shard::work_waits() {
 // sign of life.
 void Shard::beat(std::uint64_t now) {
   last_beat_ = now;
+  // The supervisor may have made us an heir's equal while we were taking over.
+  if (!real_time_) become_ordinary();
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
   const bool moved = transactions != std::exchange(transactions_at_beat_, transactions);
   if (!moved && std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return has_work(pair); })) return;
@@ -492,7 +495,8 @@ void Shard::poll_as_owner() {
   ShardState& shard = state();
   const std::uint64_t idle_cycles = config_.tsc_hz / 1'000'000 * kIdleMicroseconds;
   const std::uint64_t beat_cycles = config_.tsc_hz / 1'000'000 * kBeatMicroseconds;
-  std::uint64_t last_work = rte_rdtsc();
+  const std::uint64_t taken_over = rte_rdtsc();
+  std::uint64_t last_work = taken_over;
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
     if constexpr (kProtected) {
@@ -504,7 +508,13 @@ void Shard::poll_as_owner() {
       run_commands();
       last_work = now;
     }
-    if (poll_once()) {
+    const bool worked = poll_once();
+    // What had piled up while nobody polled is moved, or that takes long: others want this CPU too.
+    if (real_time_ && (!worked || now - taken_over > beat_cycles)) [[unlikely]] {
+      real_time_ = false;
+      become_ordinary();
+    }
+    if (worked) {
       last_work = now;
       if (first_transaction_pending_) note_first_transaction();
     } else if (config_.polling == Polling::kAdaptive && now - last_work > idle_cycles) {

@@ -201,6 +201,7 @@ class Shard {
   // Poll thread only.
   bool stop_ = false;
   bool owner_ = false;
+  bool real_time_ = false;  // took over with an heir's priority and has not given it up yet
   std::uint32_t tag_ = 0;
   std::uint32_t epoch_ = 0;
   std::vector<Served> devices_{kMaxDevices};

@@ -26,7 +26,7 @@ bool Shard::take_over() {
   epoch_ = owner_epoch(found) + 1;
   if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, tag_), std::memory_order_acq_rel)) return false;
   TANDEM_PROBE(kTakeoverEpoch);
-  owner_ = true;
+  owner_ = real_time_ = true;
   const bool let_go = owner_tag(found) == 0 && owner_epoch(found) != 0;
   if (!let_go) watchdog_.reset();
 

@@ -91,6 +91,8 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"parking.kills", number<std::uint32_t>(config.parking_kills, 0, 1000)},
       {"parking.window_s", number<std::uint32_t>(config.parking_window_s, 1, 86'400)},
       {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
+      {"pair.heirs", choice<HeirPriority>(config.heirs, {{"ordinary", HeirPriority::kOrdinary},
+                                                         {"real-time", HeirPriority::kRealTime}})},
       {"pair.polling",
        choice<Polling>(config.polling, {{"adaptive", Polling::kAdaptive}, {"always", Polling::kAlways}})},
       {"pair.hugepages",

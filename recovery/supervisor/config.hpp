@@ -10,6 +10,8 @@
 
 namespace tandem {
 
+/// Scheduling of poll threads while they are heirs.
+enum class HeirPriority { kOrdinary, kRealTime };
 enum class Hugepages { kAuto, kAlways, kNever };
 
 struct Config {
@@ -25,7 +27,8 @@ struct Config {
   std::uint32_t shards = 1;  ///< poll threads per backend
   Polling polling = Polling::kAdaptive;
   Hugepages hugepages = Hugepages::kAuto;
-  std::int32_t nice = -10;  ///< of poll threads, -20 to 19: an heir must get a busy CPU at once
+  std::int32_t nice = -10;                       ///< of poll threads, -20 to 19
+  HeirPriority heirs = HeirPriority::kRealTime;  ///< of threads that wait to take over (common/thread_priority.hpp)
 
   std::uint32_t parking_kills =
       5;  ///< backends that a NIC may kill within the window before it is parked; 0: any number

@@ -5,6 +5,7 @@
 #include <grp.h>
 #include <pwd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -23,6 +24,8 @@ constexpr int kChildControlFd = 3;
 // As a shell says it: the program is not there, or cannot be executed.
 constexpr int kExitMissing = 127;
 constexpr int kExitNotExecutable = 126;
+// CPU time at real-time priority without a blocking system call.
+constexpr rlim_t kRealTimeLimitUs = 200'000;
 
 // Everything a child does between fork and exec; returns only on failure. Async-signal-safe calls only.
 int become_backend(const char* program, char* const* arguments, char* const* environment, const passwd* account,
@@ -37,6 +40,9 @@ int become_backend(const char* program, char* const* arguments, char* const* env
   if (account != nullptr) {
     if (::setgroups(0, nullptr) != 0 || ::setgid(account->pw_gid) != 0 || ::setuid(account->pw_uid) != 0) return errno;
   }
+  // Heirs sleep with real-time priority (common/thread_priority.hpp). One that does not sleep must not keep a CPU.
+  const rlimit real_time{kRealTimeLimitUs, kRealTimeLimitUs};
+  if (::setrlimit(RLIMIT_RTTIME, &real_time) != 0) return errno;
   if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return errno;
   if (::chdir("/") != 0) return errno;
   ::execve(program, arguments, environment);

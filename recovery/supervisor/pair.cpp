@@ -14,6 +14,7 @@
 #include <ctime>
 #include <fstream>
 
+#include "common/thread_priority.hpp"
 #include "recovery/supervisor/member_message.hpp"
 
 namespace tandem {
@@ -40,27 +41,6 @@ std::uint64_t now_ns() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC, &now);
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
-
-// struct sched_attr (sched_setattr(2)); glibc 2.36 has neither it nor the call.
-struct SchedulingAttributes {
-  std::uint32_t size, policy;
-  std::uint64_t flags;
-  std::int32_t nice;
-  std::uint32_t priority;
-  std::uint64_t runtime, deadline, period;
-};
-
-// A poll thread is woken to take over while others keep its CPU busy: with a low nice value and a short slice (honoured
-// since Linux 6.12) it gets the CPU within microseconds instead of after their slices.
-Status set_poll_priority(pid_t tid, int nice) {
-  SchedulingAttributes attributes{};
-  attributes.size = sizeof attributes;
-  attributes.nice = nice;
-  attributes.runtime = 100'000;
-  if (::syscall(SYS_sched_setattr, tid, &attributes, 0) != 0)
-    return fail_errno("set the priority of poll thread " + std::to_string(tid), "tandemd needs CAP_SYS_NICE");
-  return {};
 }
 
 std::uint64_t free_huge_pages() {
@@ -534,7 +514,8 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
     if (auto watched = fence_.watch(thread, tag, ring, member.pid()); !watched) return watched;
   }
   // Not before: the watch has found out that the thread is the member's own, which the member may have lied about.
-  if (auto set = set_poll_priority(thread, config_.nice); !set) spdlog::warn("{}", set.error().text);
+  if (auto set = make_ordinary(thread, config_.nice); !set) spdlog::warn("{}", set.error().text);
+  give_heir_priority(member, shard);
   if (peer != nullptr) {
     auto set = fence_.set_ring(peer->threads[shard], peer->tags[shard], member.rings[shard]);
     // kGone: the peer is dead; the member will see its slot before it first sleeps.
@@ -542,6 +523,14 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
     if (auto told = tell_peer(*peer, &member, shard); !told) spdlog::warn("{}", told.error().text);
   }
   return tell_peer(member, peer, shard);
+}
+
+// Only a thread whose watch is confirmed. An owner has given it up and is left alone; it costs a little time, no more,
+// to wake an heir without.
+void Pair::give_heir_priority(const Member& member, std::uint32_t shard) {
+  if (config_.heirs != HeirPriority::kRealTime || member.stage == Member::Stage::kOwner) return;
+  if (auto set = make_real_time(member.threads[shard]); !set && !std::exchange(real_time_refused_, true))
+    spdlog::warn("pair {}: {}; a busy host may delay its failovers", name_, set.error().text);
 }
 
 Status Pair::tell_peer(Member& member, const Member* peer, std::uint32_t shard) {
@@ -583,6 +572,8 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
     if (other.stage != Member::Stage::kOwner) continue;
     other.stage = fence_.dead(other.tags[0]) ? Member::Stage::kDead : Member::Stage::kArmed;
     other.heir_since_ns = now_ns();
+    for (std::uint32_t i = 0; other.stage == Member::Stage::kArmed && i < config_.shards; ++i)
+      give_heir_priority(other, i);
   }
   member.stage = Member::Stage::kOwner;
   owner_pid_ = member.pid();

@@ -156,6 +156,7 @@ class Pair {
   bool watch(Member& member);
   void arm(Member& member);
   Status arm_shard(Member& member, std::uint32_t shard);
+  void give_heir_priority(const Member& member, std::uint32_t shard);
   Status tell_peer(Member& member, const Member* peer, std::uint32_t shard);
   void hand_over();
   Status welcome(Member& member);
@@ -197,6 +198,7 @@ class Pair {
   std::vector<UniqueFd> bells_;   // the shards' eventfds for handovers (vhost-net-backend/handover.cpp)
   Segment* segment_ = nullptr;
   bool hugepages_ = false;
+  bool real_time_refused_ = false;  // said once
   std::list<Member> members_;
   std::map<std::uint32_t, Attached> devices_;
   std::map<std::uint32_t, pid_t> tag_pids_;  // whose tag it was; kept until no one can name it any more
