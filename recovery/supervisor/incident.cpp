@@ -34,6 +34,16 @@ nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
 }
 
+// In what the heir had to fall back to less than exactly once, because of what its predecessor had left behind.
+nlohmann::json fallbacks(const TakeoverTimeline& timeline) {
+  nlohmann::json list = nlohmann::json::array();
+  if (timeline.record_armed != 0 && timeline.record_valid == 0)
+    list.push_back(timeline.replayed_kind == 0
+                       ? "the record was damaged or its device gone: its burst may be lost or repeated"
+                       : "record and cursors did not match: that queue was stopped");
+  return list;
+}
+
 }  // namespace
 
 std::string signal_name(int signal) {
@@ -82,6 +92,7 @@ nlohmann::json Incident::to_json() const {
             {"first_transaction", relative(timeline.first_transaction_ns, zero)}}},
           {"replayed", std::move(replayed)},
           {"queue_pairs", timeline.queue_pairs},
+          {"fallback", fallbacks(timeline)},
           {"complete", closed}};
 }
 

@@ -2,7 +2,11 @@
 // Choosing places and breaking them.
 #include "tests/inject/faults.hpp"
 
+#include <grp.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -120,14 +124,14 @@ Injected corrupt_pointer(const Victim& victim, Random& random) {
 // Makes the poll thread itself execute a store through a wild pointer into guest memory.
 Injected store_wildly(const Victim& victim, pid_t tid, Random& random) {
   static constexpr std::array kStore{std::byte{0x48}, std::byte{0x89}, std::byte{0x07}};  // mov %rax,(%rdi)
+  // Any library has one.
   std::uint64_t instruction = 0;
-  for (const Function& function : victim.functions()) {
-    std::vector<std::byte> code(function.size);
-    if (!victim.read(function.address, code)) continue;
+  for (const Region& region : victim.regions()) {
+    if (region.permissions[2] != 'x' || region.path.empty() || region.path[0] != '/' || instruction != 0) continue;
+    std::vector<std::byte> code(region.size());
+    if (!victim.read(region.begin, code)) continue;
     const auto found = std::search(code.begin(), code.end(), kStore.begin(), kStore.end());
-    if (found == code.end()) continue;
-    instruction = function.address + static_cast<std::uint64_t>(found - code.begin());
-    break;
+    if (found != code.end()) instruction = region.begin + static_cast<std::uint64_t>(found - code.begin());
   }
   std::vector<Region> guest;
   std::copy_if(victim.regions().begin(), victim.regions().end(), std::back_inserter(guest),
@@ -159,11 +163,24 @@ Injected damage_segment(const Victim& victim, Random& random) {
           .what = {{"segment_offset", offset}, {"bit", bit}}};
 }
 
+// Sets a limit of a running process. In its own name, from a child: that needs no CAP_SYS_RESOURCE (prlimit(2)).
 Injected limit(const Victim& victim, __rlimit_resource resource, rlim_t value) {
-  rlimit limits{};
-  if (::prlimit(victim.pid(), resource, nullptr, &limits) != 0) return {};
-  limits.rlim_cur = value;
-  return {.done = ::prlimit(victim.pid(), resource, &limits, nullptr) == 0, .what = {{"limit", value}}};
+  struct stat owner {};
+  if (::stat(("/proc/" + std::to_string(victim.pid())).c_str(), &owner) != 0) return {};
+  const pid_t child = ::fork();
+  if (child == 0) {
+    rlimit limits{};
+    const bool set = ::setgroups(0, nullptr) == 0 && ::setresgid(owner.st_gid, owner.st_gid, owner.st_gid) == 0 &&
+                     ::setresuid(owner.st_uid, owner.st_uid, owner.st_uid) == 0 &&
+                     ::prlimit(victim.pid(), resource, nullptr, &limits) == 0 && (limits.rlim_cur = value, true) &&
+                     ::prlimit(victim.pid(), resource, &limits, nullptr) == 0;
+    ::_exit(set ? 0 : errno);
+  }
+  int status = 0;
+  if (child < 0 || ::waitpid(child, &status, 0) != child || !WIFEXITED(status)) return {};
+  nlohmann::json what{{"limit", value}};
+  if (WEXITSTATUS(status) != 0) what["error"] = std::strerror(WEXITSTATUS(status));
+  return {.done = WEXITSTATUS(status) == 0, .what = std::move(what)};
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ void InjectReport::add(const Run& run) {
                        {"kind", run.kind},
                        {"fault", run.fault},
                        {"outcome", outcome_name(outcome)},
+                       {"other_failovers", run.other_failovers},
                        {"cause", run.incident.is_object() ? run.incident.value("cause", "") : ""},
                        {"hang", run.incident.is_object() ? run.incident["hang"] : nlohmann::json()},
                        {"fallback", weaker ? run.incident["fallback"] : nlohmann::json::array()}};

@@ -47,8 +47,9 @@ struct Run {
   std::string kind;
   nlohmann::json fault;
   Observed seen;
-  nlohmann::json incident;  ///< null: none
-  std::string text;         ///< log lines of this run that may explain it
+  nlohmann::json incident;       ///< null: none
+  unsigned other_failovers = 0;  ///< of the other pair meanwhile
+  std::string text;              ///< log lines of this run that may explain it
 };
 
 class InjectReport {
