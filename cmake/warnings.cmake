@@ -7,7 +7,9 @@ string(APPEND CMAKE_C_FLAGS " -Wno-old-style-cast")
 if(TANDEM_SANITIZE)
   add_compile_options(-fsanitize=${TANDEM_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
   # GCC 12 sees uninitialized reads inside libstdc++ that only its own instrumentation makes.
-  add_compile_options(-Wno-maybe-uninitialized)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    add_compile_options(-Wno-maybe-uninitialized)
+  endif()
   # The vptr check asks the kernel through a pipe whether memory is there: in a test without free descriptors it is always wrong.
   add_compile_options(-fno-sanitize=vptr)
   add_link_options(-fsanitize=${TANDEM_SANITIZE})

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -50,6 +51,26 @@ Status Controller::report(ControlType type, const Body& body) {
   return channel_.send(std::as_bytes(std::span(&message, 1)).first(sizeof(ControlHeader) + sizeof body));
 }
 
+Status Controller::report_poison(std::uint32_t shard, const PoisonEvent& event) {
+  const PoisonPacket& packet = event.packet;
+  ControlHeader header;
+  PoisonBody body{shard,
+                  event.epoch,
+                  event.device,
+                  packet.queue_pair,
+                  packet.direction,
+                  packet.deaths,
+                  packet.length,
+                  static_cast<std::uint32_t>(std::min<std::size_t>(packet.bytes.size(), kMaxPoisonBytes))};
+  header.type = ControlType::kPoison;
+  header.body_size = static_cast<std::uint32_t>(sizeof body + body.captured);
+  std::vector<std::byte> message(sizeof header + header.body_size);
+  std::memcpy(message.data(), &header, sizeof header);
+  std::memcpy(message.data() + sizeof header, &body, sizeof body);
+  if (body.captured > 0) std::memcpy(message.data() + sizeof header + sizeof body, packet.bytes.data(), body.captured);
+  return channel_.send(message);
+}
+
 void Controller::problem(std::uint32_t device, const std::string& text) {
   ProblemBody body;
   body.device = device;
@@ -68,7 +89,7 @@ Status Controller::greet(std::uint64_t tsc_hz) {
   WelcomeBody welcome;
   if (header->type != ControlType::kWelcome ||
       !read_body(std::span(message->bytes).subspan(sizeof(ControlHeader)), welcome) || welcome.shard_count == 0 ||
-      welcome.shard_count > kMaxShards || message->fds.size() != 2 + 2 * welcome.shard_count)
+      welcome.shard_count > kMaxShards || message->fds.size() != 2 + 3 * welcome.shard_count)
     return malformed("welcome");
 
   auto segment = Mapping::map(message->fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment",
@@ -90,7 +111,9 @@ Status Controller::greet(std::uint64_t tsc_hz) {
     auto ring = WakeRing::open(std::move(message->fds[2 + i]));
     if (!ring) return within("open the fence's wake ring", std::move(ring.error()));
     DeadManSwitch timer{std::move(message->fds[2 + welcome.shard_count + i])};
-    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring), std::move(timer));
+    UniqueFd bell = std::move(message->fds[2 + 2 * welcome.shard_count + i]);
+    auto shard = Shard::make({i, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring), std::move(timer),
+                             std::move(bell));
     if (!shard) return tl::make_unexpected(std::move(shard.error()));
     shards_.push_back(std::move(*shard));
   }
@@ -115,7 +138,10 @@ Status Controller::run() {
         return within("obey the supervisor", std::move(message.error()));
       }
       if (message) {
-        if (auto obeyed = obey(std::move(*message)); !obeyed) problem(0, obeyed.error().text);
+        if (auto obeyed = obey(std::move(*message)); !obeyed) {
+          if (obeyed.error().kind == ErrorKind::kGone) return obeyed;
+          problem(0, obeyed.error().text);
+        }
       }
     }
     for (std::uint32_t i = 0; i < shards_.size(); ++i) {
@@ -150,11 +176,18 @@ Status Controller::obey(ChannelMessage message) {
     case ControlType::kArm: {
       ArmBody arm;
       if (!read_body(body, arm) || arm.shard >= shards_.size() || arm.tag == 0) return malformed("arm");
-      std::shared_ptr<Watchdog> owner;
-      if (arm.owner_pid != 0 && message.fds.size() == 1)
-        owner = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.owner_pid),
-                                           static_cast<pid_t>(arm.owner_tid));
-      shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(owner)});
+      std::shared_ptr<Watchdog> peer;
+      if (arm.peer_tag != 0 && message.fds.size() == 1)
+        peer = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.peer_pid),
+                                          static_cast<pid_t>(arm.peer_tid), arm.peer_tag);
+      armed_ = true;
+      shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(peer)});
+      return {};
+    }
+    case ControlType::kHandOver: {
+      ShardBody shard;
+      if (!read_body(body, shard) || shard.shard >= shards_.size()) return malformed("hand over");
+      shards_[shard.shard]->post(HandOverCommand{});
       return {};
     }
     case ControlType::kDrill: {
@@ -185,11 +218,21 @@ Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd>
     std::memcpy(&description, body.data() + i * sizeof description, sizeof description);
     auto port = XskPort::map(description, std::move(fds[2 * i]), std::move(fds[2 * i + 1]),
                              "uplink of device " + std::to_string(attach.device) + ", queue " + std::to_string(i));
-    if (!port) return within("attach", std::move(port.error()));
+    if (!port) return cannot_attach(attach.device, port.error().text);
     uplink->ports.push_back(std::move(*port));
   }
   for (auto& shard : shards_) shard->post(AttachCommand{uplink});
   return {};
+}
+
+// Not yet armed: leave, so that no takeover ever waits for us; the supervisor tries again later. Armed: other devices
+// depend on this process, so it stays, and the supervisor decides what becomes of the new one.
+Status Controller::cannot_attach(std::uint32_t device, const std::string& why) {
+  if (!armed_) return fail(ErrorKind::kGone, "attach device " + std::to_string(device) + ": " + why);
+  ProblemBody body;
+  body.device = device;
+  std::snprintf(body.text, sizeof body.text, "%s", why.c_str());
+  return report(ControlType::kCannotAttach, body);
 }
 
 Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueFd> fds) {
@@ -224,8 +267,15 @@ void Controller::relay(std::uint32_t shard, ShardEvent& event) {
     sent = report(ControlType::kTookOver, TakeoverBody{shard, 0, took_over->timeline});
   } else if (const auto* first = std::get_if<FirstTransactionEvent>(&event)) {
     sent = report(ControlType::kFirstTransaction, TakeoverBody{shard, 0, first->timeline});
+  } else if (const auto* refused = std::get_if<NotHandedOverEvent>(&event)) {
+    RefusalBody refusal;
+    refusal.shard = shard;
+    std::snprintf(refusal.text, sizeof refusal.text, "%s", refused->text.c_str());
+    sent = report(ControlType::kNotHandedOver, refusal);
   } else if (const auto* text = std::get_if<ProblemEvent>(&event)) {
     problem(text->device, text->text);
+  } else if (const auto* poison = std::get_if<PoisonEvent>(&event)) {
+    sent = report_poison(shard, *poison);
   }
   // GarbageEvent: destroyed with the vector. A report that cannot be sent is lost with its reader; the segment has the
   // facts.

@@ -26,16 +26,19 @@ class Controller {
   /// Waits for the supervisor's greeting and makes the shards; the caller then starts their threads.
   Status greet(std::uint64_t tsc_hz);
   [[nodiscard]] std::vector<std::unique_ptr<Shard>>& shards() { return shards_; }
-  /// Reports ready, then serves until the channel closes.
+  /// Reports ready, then serves until the channel closes. An error if it cannot have what it is to serve before it is
+  /// armed: it would be an heir of nothing.
   Status run();
 
  private:
   Status obey(ChannelMessage message);
   Status attach(std::span<const std::byte> body, std::vector<UniqueFd> fds);
+  Status cannot_attach(std::uint32_t device, const std::string& why);
   Status describe(std::span<const std::byte> body, std::vector<UniqueFd> fds);
   void relay(std::uint32_t shard, ShardEvent& event);
   template <class Body>
   Status report(ControlType type, const Body& body);
+  Status report_poison(std::uint32_t shard, const PoisonEvent& event);
   void problem(std::uint32_t device, const std::string& text);
 
   FdChannel channel_;
@@ -43,6 +46,7 @@ class Controller {
   Segment* segment_ = nullptr;
   FenceView fence_;
   std::vector<std::unique_ptr<Shard>> shards_;
+  bool armed_ = false;  ///< some shard may own
   // The newest generation of each device, whose memory mappings the next one may share.
   std::vector<std::shared_ptr<const Device>> newest_{kMaxDevices};
 };

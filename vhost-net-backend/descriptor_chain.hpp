@@ -14,7 +14,18 @@
 namespace tandem {
 
 /// Why a chain was refused; the packet is dropped and counted, the chain goes back to the guest with length 0.
-enum class ChainFault { kNone, kIndex, kLoop, kDirection, kZeroLength, kIndirect, kAddress, kTooShort, kTooLong };
+enum class ChainFault {
+  kNone,
+  kIndex,
+  kLoop,
+  kDirection,
+  kZeroLength,
+  kIndirect,
+  kAddress,
+  kTooShort,
+  kTooLong,
+  kPoison
+};
 
 class ChainWalker {
  public:

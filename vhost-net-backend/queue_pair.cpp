@@ -14,6 +14,7 @@
 
 #include "common/crc32c.hpp"
 #include "vhost-net-backend/descriptor_chain.hpp"
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 
 namespace tandem {
@@ -43,7 +44,7 @@ void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
   record.used_before = vring.next_used;
   record.queue_pair = pair.index;
   record.epoch = pair.epoch;
-  record.padding = 0;
+  record.poisoned = 0;
   record.generation = pair.generation;
   record.consumer_before = record.consumer_after = 0;
   record.packets_after = vring.packets;
@@ -74,6 +75,13 @@ void apply_cursors(const RedoRecord& record, VringCursors& vring) {
   TANDEM_PROBE(kCursorsAdvanced);
 }
 
+// The drop of a poison packet: its suspicion ends with it, also when an heir does it over.
+void apply_drop(const RedoRecord& record, Suspicion& suspicion) {
+  if (record.poisoned == 0) return;
+  suspicion.poisoned = suspicion.poisoned_after;
+  suspicion.suspect.store(0, std::memory_order_relaxed);
+}
+
 void write_used_elements(const RedoRecord& record, const SplitQueue& queue) {
   for (std::uint32_t i = 0; i < record.used_count; ++i)
     queue.write_used(static_cast<std::uint16_t>(record.used_before + i), record.used[i].id, record.used[i].length);
@@ -100,6 +108,7 @@ void apply_transmit(QueuePair& pair) {
   }
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->transmit);
+  apply_drop(record, pair.state->transmit_suspicion);
 }
 
 void apply_receive(QueuePair& pair) {
@@ -119,6 +128,7 @@ void apply_receive(QueuePair& pair) {
   port.rx.consume(record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->receive);
+  apply_drop(record, pair.state->receive_suspicion);
 }
 
 void call(const BoundQueue& bound) {
@@ -135,6 +145,12 @@ void call_if_wanted(const BoundQueue& bound, std::uint16_t before, std::uint16_t
 void count_transaction(ShardState& shard) {
   // One writer; a plain increment without a locked instruction.
   shard.transactions.store(shard.transactions.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+}
+
+// Before arming a burst that drops a poison packet.
+void stage_drop(RedoRecord& record, Suspicion& suspicion) {
+  record.poisoned = 1;
+  suspicion.poisoned_after = suspicion.poisoned + 1;
 }
 
 // Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has
@@ -376,14 +392,25 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
+  const Suspected& suspect = pair.transmit_suspect;
+  bool drop = false;
   std::uint32_t entries = 0;
-  for (; entries < ready && record.frame_count < room; ++entries) {
+  for (; entries < ready && !drop && record.frame_count < room; ++entries) {
     const std::uint32_t frame = frames.peek();
     if (frame == kTransmitFrames) break;
-    const std::uint16_t head = queue.avail_head(static_cast<std::uint16_t>(vring.next_avail + entries));
+    const auto avail = static_cast<std::uint16_t>(vring.next_avail + entries);
+    const std::uint32_t position = transmit_position(pair, avail);
+    take_in_hand(pair, PacketPhase::kTransmit, position);
+    if (suspect.is_condemned(position)) [[unlikely]] {
+      drop = entries == 0 && suspect.packet;
+      if (!drop) break;
+    }
+    const std::uint16_t head = queue.avail_head(avail);
     const std::uint64_t address = port.transmit_address(frame);
-    ChainFault fault = ChainFault::kNone;
-    const std::uint32_t length = gather(pair, head, port.frame(address, port.description().frame_size), fault);
+    ChainFault fault = ChainFault::kPoison;
+    const std::uint32_t length =
+        drop ? 0 : gather(pair, head, port.frame(address, port.description().frame_size), fault);
+    TANDEM_PROBE_PACKET(port.frame(address, length), length);
     record.used[record.used_count++] = {head, 0};
     if (fault != ChainFault::kNone) {
       ++record.dropped_after;
@@ -395,8 +422,12 @@ std::uint32_t transmit_burst(QueuePair& pair) {
     record.bytes_after += length;
   }
   if (entries < ready) pair.transmit_pending = true;  // no frame or no room: the kernel has to finish some first
-  if (entries == 0) return 0;
+  if (entries == 0) {
+    let_go(pair);
+    return 0;
+  }
   if (pair.memory->faulted()) {
+    let_go(pair);
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
     return 0;
   }
@@ -404,9 +435,12 @@ std::uint32_t transmit_burst(QueuePair& pair) {
   record.avail_after = static_cast<std::uint16_t>(record.avail_before + entries);
   record.used_after = static_cast<std::uint16_t>(record.used_before + record.used_count);
   pair.frame_hint = frames.hint();
+  if (drop) stage_drop(record, pair.state->transmit_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_transmit(pair);
   disarm(pair);
+  let_go(pair);
   count_transaction(*pair.shard);
   call_if_wanted(pair.transmit, record.used_before, record.used_after);
   pair.transmit_pending = !port.wake_transmit() || entries < ready;
@@ -422,29 +456,35 @@ std::uint32_t receive_burst(QueuePair& pair) {
   if (waiting == 0) return 0;
   const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
   if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
-  pair.receive_starved = false;
-  vring.starved = 0;
+  std::uint32_t starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
+  const Suspected& suspect = pair.receive_suspect;
+  bool drop = false;
   std::uint32_t taken = 0;
   std::uint32_t heads = 0;
   {
     const WindowOpen window;
-    for (; taken < waiting; ++taken) {
+    for (; taken < waiting && !drop; ++taken) {
+      take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
+      if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
+        drop = taken == 0 && suspect.packet;
+        if (!drop) break;
+      }
       const xdp_desc& descriptor = port.rx.at(consumer + taken);
       const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
-      if (packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
-        ++record.dropped_after;  // the kernel does not do this; a damaged ring does
+      if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
+        ++record.dropped_after;  // poison; or the kernel does not do this, a damaged ring does
         if (port.is_receive_frame(descriptor.addr))
           record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
         continue;
       }
+      TANDEM_PROBE_PACKET(packet, descriptor.len);
       const Placed placed = place(pair, packet, descriptor.len, heads, ready);
       if (placed.result == Placed::kNoRecordRoom) break;
       if (placed.result == Placed::kNoBuffers) {
-        pair.receive_starved = true;
         pair.starved_avail = static_cast<std::uint16_t>(vring.next_avail + ready);
-        vring.starved = kStarvedMark | pair.starved_avail;
+        starved = kStarvedMark | pair.starved_avail;
         break;
       }
       heads += placed.heads;
@@ -457,8 +497,15 @@ std::uint32_t receive_burst(QueuePair& pair) {
       record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
     }
   }
-  if (taken == 0) return 0;
+  // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
+  pair.receive_starved = starved != 0;
+  vring.starved = starved;
+  if (taken == 0) {
+    let_go(pair);
+    return 0;
+  }
   if (pair.memory->faulted()) {
+    let_go(pair);
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
     return 0;
   }
@@ -468,9 +515,12 @@ std::uint32_t receive_burst(QueuePair& pair) {
   record.producer_after = record.producer_before + record.frame_count;
   record.avail_after = static_cast<std::uint16_t>(record.avail_before + heads);
   record.used_after = static_cast<std::uint16_t>(record.used_before + record.used_count);
+  if (drop) stage_drop(record, pair.state->receive_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_receive(pair);
   disarm(pair);
+  let_go(pair);
   count_transaction(*pair.shard);
   call_if_wanted(pair.receive, record.used_before, record.used_after);
   TANDEM_PROBE(kNotified);
@@ -519,11 +569,13 @@ ReplayResult replay(QueuePair& pair) {
     disarm(pair);
     return ReplayResult::kInvalid;
   }
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
   if (transmit)
     apply_transmit(pair);
   else
     apply_receive(pair);
   disarm(pair);
+  let_go(pair);
   return ReplayResult::kReplayed;
 }
 

@@ -24,6 +24,18 @@ struct BoundQueue {
   std::uint32_t start_count = 0;
 };
 
+struct PoisonPacket;
+
+/// Private half of a suspicion (poison.hpp): how the next bursts have to go about a packet that owners died on.
+struct Suspected {
+  static constexpr std::uint64_t kNobody = ~std::uint64_t{0};
+  std::uint64_t condemned = kNobody;  ///< position of the packet that no burst may touch
+  std::shared_ptr<PoisonPacket>
+      packet;  ///< once it is the next one: what is known of it. A burst may then drop it alone
+
+  [[nodiscard]] bool is_condemned(std::uint32_t position) const { return position == condemned; }
+};
+
 struct QueuePair {
   std::uint32_t index = 0;  ///< in Segment::queue_pairs
   QueuePairState* state = nullptr;
@@ -39,6 +51,9 @@ struct QueuePair {
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
   bool receive_starved = false;   ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
   std::uint16_t starved_avail = 0;  ///< avail.idx when that was found
+  std::uint64_t cursor = 0;         ///< PacketCursor::word() of this thread and queue pair, without phase and position
+  bool has_suspects = false;        ///< a packet waits, or may wait, that owners died on
+  Suspected receive_suspect, transmit_suspect;
 
   [[nodiscard]] bool can_transmit() const {
     return transmit.queue.bound() && state->transmit.fault.load(std::memory_order_relaxed) == QueueFault::kNone;

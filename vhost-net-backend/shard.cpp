@@ -18,12 +18,15 @@ namespace {
 
 // How long an owner polls without finding work before it goes to sleep: about the price of going to sleep and waking.
 constexpr std::uint64_t kIdleMicroseconds = 20;
-// What woke us, in epoll_event::data: the control thread, or a file of queue pair n.
+// What woke us, in epoll_event::data: the control thread, an heir that asks for a handover, or a file of queue pair n.
 constexpr std::uint64_t kMailbox = ~std::uint64_t{0};
+constexpr std::uint64_t kBell = kMailbox - 1;
 // While the uplink takes frames late, or a queue has no kick fd, sleep no longer than this.
 constexpr int kShortSleepMs = 1;
 // How often an heir looks whether a sleeping owner sleeps through work; everything else wakes it.
 constexpr int kHeirPeriodMs = 100;
+// An heir that suspects its owner of passing work by looks again so soon.
+constexpr std::uint64_t kSuspicionNs = 250'000;
 // The owner pushes the dead man's switch at most this often.
 constexpr std::uint64_t kBeatMicroseconds = 1000;
 // An heir waits so long for a description that its dead owner had in force; the supervisor sends it to heirs first.
@@ -39,8 +42,9 @@ std::uint64_t monotonic_ns() {
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
 }
 
-Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer) {
-  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring), std::move(timer))};
+Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer,
+                                           UniqueFd bell) {
+  std::unique_ptr<Shard> shard{new Shard(config, std::move(ring), std::move(timer), std::move(bell))};
   shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
@@ -122,10 +126,11 @@ void Shard::execute(PruneCommand& command) { prune(devices_[command.device], com
 
 void Shard::execute(ArmCommand& command) {
   tag_ = command.tag;
-  watchdog_ = std::move(command.owner);
+  watchdog_ = std::move(command.peer);
 }
 
 void Shard::execute(DrillCommand& command) {
+  if (command.fault == DrillFault::kLivelock && owner_) livelock();
   const std::byte* read_only = nullptr;
   for (const Served& served : devices_)
     if (served.in_force && served.in_force->description().region_count > 0)
@@ -197,6 +202,7 @@ void Shard::rebuild_pairs() {
       pair.state = &config_.segment->queue_pairs[index];
       pair.shard = &state();
       pair.epoch = epoch_;
+      pair.cursor = PacketCursor{tag_, PacketPhase::kNone, index, 0}.word();
       pair.generation = description.generation;
       pair.memory = served.in_force->memory();
       pair.port = served.uplink->ports[n].get();
@@ -207,13 +213,16 @@ void Shard::rebuild_pairs() {
       pair.transmit = transmit;
       // Whatever was known before: look once whether the kernel still has frames to take.
       pair.transmit_pending = true;
+      load_suspects(pair);
       pairs_.push_back(pair);
     }
   }
-  build_epoll();
+  epoll_stale_ = true;
 }
 
+// Before the first sleep with these pairs, so that no takeover waits for it.
 void Shard::build_epoll() {
+  epoll_stale_ = false;
   epoll_ = UniqueFd{::epoll_create1(EPOLL_CLOEXEC)};
   kick_fd_missing_ = false;
   receive_event_armed_.assign(pairs_.size(), false);
@@ -224,6 +233,7 @@ void Shard::build_epoll() {
     return ::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) == 0 || errno == EEXIST;
   };
   bool complete = epoll_.get() >= 0 && add(wake_fd_.get(), EPOLLIN, kMailbox);
+  if (bell_) complete = add(bell_.get(), EPOLLIN | EPOLLET, kBell) && complete;
   for (std::size_t i = 0; i < pairs_.size(); ++i) {
     for (const BoundQueue* bound : {&pairs_[i].receive, &pairs_[i].transmit}) {
       if (!bound->queue.bound()) continue;
@@ -266,32 +276,48 @@ void Shard::wait_as_heir() {
   event.events = EPOLLIN;
   for (const int fd : {wake_fd_.get(), ring_.fd(), switch_.fd()})
     if (fd >= 0) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event);
+  // Edge-triggered: every ring is an edge, so neither process has to read the counter back.
+  event.events = EPOLLIN | EPOLLET;
+  if (bell_) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, bell_.get(), &event);
   while (!stop_) {
     run_commands();
+    // The supervisor ends an heir that stands still.
+    if (tag_ != 0) state().heir_beat_ns.store(monotonic_ns(), std::memory_order_relaxed);
+    if (hand_over_wanted_) {
+      ask_owner();
+      await_grant();
+    }
     // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
-    const std::uint32_t owner = owner_tag(state().owner.load(std::memory_order_acquire));
+    const std::uint64_t word = state().owner.load(std::memory_order_acquire);
     int period = kHeirPeriodMs;
-    if (tag_ != 0 && config_.fence->dead(owner)) {
-      if (holds_what_is_in_force()) return;
-      // What the dead owner put in force last is on its way to us; without it its record could not be replayed.
+    if (tag_ != 0 && config_.fence->dead(owner_tag(word))) {
+      if (!left_to_another(word) && holds_what_is_in_force()) return;
+      // What the dead owner put in force last is on its way to us; without it its record could not be replayed. Or we
+      // let go ourselves, and the heir that asked is on its way.
       period = kShortSleepMs;
-    } else if (tag_ != 0 && watchdog_)
-      watch_owner();
-    epoll_event woken[3];
-    if (::epoll_wait(epoll.get(), woken, 3, period) < 0) continue;
+    } else if (tag_ != 0) {
+      follow_request();
+      if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
+    }
+    epoll_event woken[4];
+    if (::epoll_wait(epoll.get(), woken, 4, period) < 0) continue;
     ring_.drain();
-    switch_.drain();
+    switch_expired_ = switch_.drain();
     std::uint64_t count = 0;
     [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
   }
 }
 
-// Whether every description in force is held here, or has been waited for long enough.
-bool Shard::holds_what_is_in_force() {
-  const bool all = std::all_of(devices_.begin(), devices_.end(), [this](const Served& served) {
+bool Shard::holds_all_in_force() {
+  return std::all_of(devices_.begin(), devices_.end(), [this](const Served& served) {
     std::uint64_t generation = 0;
     return !served.uplink || find_in_force(served, generation) != nullptr || generation == 0;
   });
+}
+
+// Whether every description in force is held here, or has been waited for long enough.
+bool Shard::holds_what_is_in_force() {
+  const bool all = holds_all_in_force();
   const std::uint64_t now = monotonic_ns();
   if (missing_since_ns_ == 0) missing_since_ns_ = now;
   const bool late = now - missing_since_ns_ > kDescriptionLimitNs;
@@ -311,8 +337,10 @@ void Shard::watch_owner() {
   view.still_ns =
       static_cast<std::uint64_t>(static_cast<double>(rte_rdtsc() - beat) * 1e9 / static_cast<double>(config_.tsc_hz));
   view.marked_asleep = shard.asleep.load(std::memory_order_acquire) != 0;
+  view.work_pending = work_waits();
+  view.passes_work_by = idle_rounds_.look(view.work_pending, beat, shard.transactions.load(std::memory_order_acquire));
+  const bool expired = std::exchange(switch_expired_, false);
   if (view.marked_asleep) {
-    view.work_pending = owner_sleeps_through_work();
     if (!view.work_pending) {
       asleep_work_since_ns_ = 0;
     } else if (asleep_work_since_ns_ == 0 || asleep_work_beat_ != beat) {
@@ -321,19 +349,25 @@ void Shard::watch_owner() {
       asleep_work_beat_ = beat;
     }
     view.asleep_work_ns = asleep_work_since_ns_ == 0 ? 0 : now - asleep_work_since_ns_;
+    if (view.asleep_work_ns > view.blocked_limit_ns) watchdog_->look(view);
   } else {
     asleep_work_since_ns_ = 0;
-    if (view.still_ns <= std::min(view.spin_limit_ns, view.blocked_limit_ns)) return;
-    watchdog_->look(view);
+    const std::uint64_t limit = std::min(view.spin_limit_ns, view.blocked_limit_ns);
+    if (!view.passes_work_by && view.still_ns <= limit) {
+      // It beats, and has not pushed: because it passes work by, or because it will in a moment.
+      if (expired) switch_.push(idle_rounds_.suspicious() ? kSuspicionNs : limit);
+      return;
+    }
+    if (!view.passes_work_by) watchdog_->look(view);
   }
   const HangVerdict verdict = judge(view);
   if (verdict == HangVerdict::kNone) {
-    // Starved or nearly over a limit: ask again soon. A sleeper is asked at the heir's own period.
-    if (!view.marked_asleep) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
+    // Starved or nearly over a limit: ask again soon. A sleeper without work is asked at the heir's own period.
+    if (!view.marked_asleep || view.work_pending) switch_.push(std::min(view.spin_limit_ns, view.blocked_limit_ns));
     return;
   }
   // It may have gone on while we looked.
-  if (shard.heartbeat_tsc.load(std::memory_order_acquire) != beat) return;
+  if (!view.passes_work_by && shard.heartbeat_tsc.load(std::memory_order_acquire) != beat) return;
   if (verdict_ != HangVerdict::kNone) {
     if (now - verdict_ns_ < kCannotDieNs) return;
     say(ProblemEvent{0, "the owner of this shard is hung and does not die of SIGKILL (state " +
@@ -346,8 +380,22 @@ void Shard::watch_owner() {
   watchdog_->kill();
 }
 
-// Looks at the rings through the descriptions held here; writes nothing.
-bool Shard::owner_sleeps_through_work() {
+namespace {
+
+// Whether the uplink takes another frame: a full TX ring, or frames that it keeps, are its fault and not the owner's.
+// While the owner moves nothing this can only become true, never false.
+bool takes_frames(const XskPort& port, const QueuePairState& pair) {
+  if (port.tx.producer() - port.tx.consumer() >= port.tx.size()) return false;
+  if (port.completion.producer() != port.completion.consumer()) return true;
+  const std::uint32_t words = port.description().tx_frames / 64;
+  return std::any_of(pair.transmit_busy, pair.transmit_busy + words, [](std::uint64_t busy) { return ~busy != 0; });
+}
+
+}  // namespace
+
+// Whether there is work that an owner would do if it looked. Looks at the rings through the descriptions held here;
+// writes nothing.
+bool Shard::work_waits() {
   for (const Served& served : devices_) {
     if (!served.uplink) continue;
     std::uint64_t generation = 0;
@@ -364,8 +412,8 @@ bool Shard::owner_sleeps_through_work() {
                cursors.start_count == bound.start_count && bound.queue.avail_index() != cursors.next_avail;
       };
       if (!serves(index)) continue;
-      // A full TX ring is the uplink's fault, not the owner's; packets without buffers are the guest's.
-      if (works(transmit, pair.transmit) && port.tx.consumer() == port.tx.producer()) return true;
+      // Packets without buffers are the guest's fault.
+      if (works(transmit, pair.transmit) && takes_frames(port, pair)) return true;
       if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
           pair.receive.starved != (kStarvedMark | receive.queue.avail_index()))
         return true;
@@ -391,13 +439,49 @@ void Shard::push_switch() {
   if (limit != 0) switch_.push(limit);
 }
 
+std::uint32_t Shard::device_of(std::uint32_t queue_pair) const {
+  const auto found = std::find_if(devices_.begin(), devices_.end(), [queue_pair](const Served& served) {
+    return served.uplink && queue_pair - served.uplink->first_queue_pair < served.uplink->ports.size();
+  });
+  return static_cast<std::uint32_t>(found - devices_.begin());
+}
+
+void Shard::look_at_suspects(QueuePair& pair) {
+  std::vector<PoisonPacket> dropped;
+  meet_suspects(pair, dropped);
+  for (PoisonPacket& packet : dropped) say(PoisonEvent{device_of(pair.index), std::move(packet), epoch_});
+}
+
+// With many queue pairs one round may take longer than the limits: each one that moves something is a sign of life.
+void Shard::keep_alive() {
+  const std::uint64_t now = rte_rdtsc();
+  state().heartbeat_tsc.store(now, std::memory_order_relaxed);
+  if (now - last_beat_ > config_.tsc_hz / 1'000'000 * kBeatMicroseconds) beat(now);
+}
+
+// A drill: the loop as it should be, but for the work.
+void Shard::livelock() {
+  for (;;) {
+    keep_alive();
+    rte_pause();
+  }
+}
+
 bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
     if (pair.port->in_memory()) pair.port->play_kernel();
+    const bool suspects = pair.has_suspects;
+    if (suspects) [[unlikely]]
+      look_at_suspects(pair);
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
-    if (pair.can_transmit()) worked |= transmit_burst(pair) != 0;
-    if (pair.can_receive()) worked |= receive_burst(pair) != 0;
+    bool moved = false;
+    if (pair.can_transmit()) moved |= transmit_burst(pair) != 0;
+    if (pair.can_receive()) moved |= receive_burst(pair) != 0;
+    if (moved && pairs_.size() > 1) keep_alive();
+    worked |= moved;
+    if (suspects) [[unlikely]]
+      look_at_suspects(pair);
   }
   return worked;
 }
@@ -411,6 +495,7 @@ void Shard::poll_as_owner() {
     const std::uint64_t now = rte_rdtsc();
     shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
     if (now - last_beat_ > beat_cycles) beat(now);
+    if (shard.handover.request.load(std::memory_order_relaxed) != 0 && let_go()) return;
     if (has_commands_.load(std::memory_order_relaxed)) {
       run_commands();
       last_work = now;
@@ -434,6 +519,7 @@ void Shard::poll_as_owner() {
 }
 
 void Shard::sleep() {
+  if (epoll_stale_) build_epoll();
   {
     const WindowOpen window;
     for (QueuePair& pair : pairs_) {

@@ -2,7 +2,8 @@
 // Shard: one poll thread, first as heir, then as owner of a set of queue pairs.
 //
 // Heir: holds device descriptions, waits for the fence to say that the shard's owner is dead, then takes over
-// (takeover.cpp). Owner: polls its queue pairs, busy while there is work, asleep in epoll when there is none.
+// (takeover.cpp). Owner: polls its queue pairs, busy while there is work, asleep in epoll when there is none. A planned
+// handover (handover.cpp) makes the owner an heir again, with everything it holds.
 //
 // Threads: run() is the poll thread; everything public besides it may be called by the control thread. The two share a
 // mailbox; what the poll thread has to say comes back through take_events() after event_fd() became readable.
@@ -22,6 +23,7 @@
 #include "common/layout/segment.hpp"
 #include "common/wake_ring.hpp"
 #include "vhost-net-backend/device.hpp"
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/watchdog.hpp"
 
 namespace tandem {
@@ -41,14 +43,16 @@ struct PruneCommand {
 };
 struct ArmCommand {
   std::uint32_t tag;
-  std::shared_ptr<Watchdog> owner;  ///< nullptr: there is no owner to watch
+  std::shared_ptr<Watchdog> peer;  ///< the other member's thread, watched whenever it owns; nullptr: there is none
 };
+/// Ask the owner to let go, and take over from it. Ends in TookOverEvent or NotHandedOverEvent.
+struct HandOverCommand {};
 struct DrillCommand {
   DrillFault fault;
 };
 struct StopCommand {};
-using ShardCommand =
-    std::variant<AttachCommand, DetachCommand, DescribeCommand, PruneCommand, ArmCommand, DrillCommand, StopCommand>;
+using ShardCommand = std::variant<AttachCommand, DetachCommand, DescribeCommand, PruneCommand, ArmCommand,
+                                  HandOverCommand, DrillCommand, StopCommand>;
 
 struct HeldEvent {
   std::uint32_t device;
@@ -67,16 +71,25 @@ struct TookOverEvent {
 struct FirstTransactionEvent {
   TakeoverTimeline timeline;
 };
+struct NotHandedOverEvent {
+  std::string text;
+};
 struct ProblemEvent {
   std::uint32_t device;
   std::string text;
+};
+/// A packet was dropped because owners died on it.
+struct PoisonEvent {
+  std::uint32_t device;
+  PoisonPacket packet;
+  std::uint32_t epoch;
 };
 /// Something the poll thread no longer needs; destroying it is the control thread's work.
 struct GarbageEvent {
   std::shared_ptr<const void> object;
 };
 using ShardEvent = std::variant<HeldEvent, InForceEvent, DetachedEvent, TookOverEvent, FirstTransactionEvent,
-                                ProblemEvent, GarbageEvent>;
+                                NotHandedOverEvent, ProblemEvent, PoisonEvent, GarbageEvent>;
 
 struct ShardConfig {
   std::uint32_t index = 0;
@@ -88,7 +101,9 @@ struct ShardConfig {
 
 class Shard {
  public:
-  static Result<std::unique_ptr<Shard>> make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer);
+  /// `bell`: an eventfd that the shard's threads in both processes know; a ring says that a handover has moved on.
+  static Result<std::unique_ptr<Shard>> make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer,
+                                             UniqueFd bell = {});
 
   void run();
   void post(ShardCommand command);
@@ -107,8 +122,8 @@ class Shard {
     std::shared_ptr<const Device> in_force;
   };
 
-  Shard(const ShardConfig& config, WakeRing ring, DeadManSwitch timer)
-      : config_(config), ring_(std::move(ring)), switch_(std::move(timer)) {}
+  Shard(const ShardConfig& config, WakeRing ring, DeadManSwitch timer, UniqueFd bell)
+      : config_(config), ring_(std::move(ring)), switch_(std::move(timer)), bell_(std::move(bell)) {}
   ShardState& state() { return config_.segment->shards[config_.index]; }
   void say(ShardEvent event);
   void discard(std::shared_ptr<const void> object);
@@ -120,6 +135,7 @@ class Shard {
   void execute(DescribeCommand& command);
   void execute(PruneCommand& command);
   void execute(ArmCommand& command);
+  void execute(HandOverCommand& command);
   void execute(DrillCommand& command);
   void execute(StopCommand& command);
   bool serves(std::uint32_t queue_pair) const {
@@ -139,12 +155,17 @@ class Shard {
   // shard.cpp: the two loops
   void wait_as_heir();
   void watch_owner();
+  bool holds_all_in_force();
   bool holds_what_is_in_force();
-  bool owner_sleeps_through_work();
+  bool work_waits();
   void beat(std::uint64_t now);
   void push_switch();
   void poll_as_owner();
   bool poll_once();
+  void look_at_suspects(QueuePair& pair);
+  [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
+  void keep_alive();
+  [[noreturn]] void livelock();
   void sleep();
   void build_epoll();
   void arm_receive_event(std::size_t pair, bool wanted);
@@ -152,13 +173,23 @@ class Shard {
 
   // takeover.cpp
   bool take_over();
+  void note_handover(TakeoverTimeline& timeline);
   void adopt_generations();
   std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);
   void replay_record(TakeoverTimeline& timeline);
 
+  // handover.cpp
+  void ring_bell() const;
+  void ask_owner();
+  void await_grant();
+  void follow_request();
+  bool let_go();
+  [[nodiscard]] bool left_to_another(std::uint64_t word) const;
+
   ShardConfig config_;
   WakeRing ring_;
   DeadManSwitch switch_;
+  UniqueFd bell_;
   UniqueFd wake_fd_, event_fd_, epoll_;
   std::atomic<std::uint32_t> thread_id_{0};
 
@@ -176,12 +207,22 @@ class Shard {
   std::vector<QueuePair> pairs_;
   std::vector<bool> receive_event_armed_;
   bool kick_fd_missing_ = false;
+  bool epoll_stale_ = true;  // pairs_ have changed since it was built
   std::uint64_t transactions_at_takeover_ = 0;
   bool first_transaction_pending_ = false;
+  // As heir: the handover it is to ask for, the request that stands, and what it let go as former owner.
+  bool hand_over_wanted_ = false;
+  std::uint64_t asked_ = 0;
+  std::uint64_t asked_ns_ = 0;
+  std::uint64_t left_word_ = ~std::uint64_t{0};
+  std::uint64_t left_until_ns_ = 0;
+  std::uint32_t left_to_ = 0;
   // As heir: the owner it watches, what it was found guilty of, and since when it has slept through work.
   std::shared_ptr<Watchdog> watchdog_;
   HangVerdict verdict_ = HangVerdict::kNone;
   std::uint64_t verdict_ns_ = 0;
+  IdleRounds idle_rounds_;
+  bool switch_expired_ = false;
   std::uint64_t asleep_work_since_ns_ = 0;
   std::uint64_t asleep_work_beat_ = 0;  // the owner's heartbeat then: another one now means that it woke in between
   std::uint64_t missing_since_ns_ = 0;  // since when a dead owner's descriptions are not all held here

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Takeover: what an heir does between seeing its predecessor dead and polling (docs/fence.md).
 //
+// After a planned handover the same, from an owner that lives, finished its burst and told everybody (handover.cpp).
+//
 // Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain
 // completions and notify both sides of everything, for the dead owner may have died between publishing and telling; put
 // newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the same
@@ -9,6 +11,7 @@
 
 #include <algorithm>
 
+#include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/shard.hpp"
 
@@ -18,44 +21,70 @@ bool Shard::take_over() {
   ShardState& shard = state();
   const std::uint64_t awake = monotonic_ns();
   std::uint64_t word = shard.owner.load(std::memory_order_acquire);
-  const std::uint32_t previous = owner_tag(word);
-  if (!config_.fence->dead(previous)) return false;
-  epoch_ = owner_epoch(word) + 1;
+  if (!config_.fence->dead(owner_tag(word))) return false;
+  const std::uint64_t found = word;
+  epoch_ = owner_epoch(found) + 1;
   if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, tag_), std::memory_order_acq_rel)) return false;
   TANDEM_PROBE(kTakeoverEpoch);
   owner_ = true;
-  watchdog_.reset();
+  const bool let_go = owner_tag(found) == 0 && owner_epoch(found) != 0;
+  if (!let_go) watchdog_.reset();
 
   TakeoverTimeline timeline{};
-  timeline.previous_tag = previous;
+  timeline.previous_tag = owner_tag(found);
   timeline.tag = tag_;
   timeline.epoch = epoch_;
   timeline.awake_ns = awake;
   timeline.epoch_ns = monotonic_ns();
-  timeline.fence_ns = config_.fence->slot(previous).time_ns;
+  if (let_go) note_handover(timeline);
+  // Answered, or of an epoch that is over.
+  shard.handover.request.store(0, std::memory_order_relaxed);
+  asked_ = 0;
+  left_word_ = ~std::uint64_t{0};
+  timeline.fence_ns = config_.fence->slot(timeline.previous_tag).time_ns;
   timeline.verdict = std::exchange(verdict_, HangVerdict::kNone);
   timeline.verdict_ns = std::exchange(verdict_ns_, 0);
   timeline.owner_was_asleep = shard.asleep.load(std::memory_order_relaxed);
   const std::uint64_t beat = shard.heartbeat_tsc.load(std::memory_order_relaxed);
-  if (previous != 0 && beat != 0) {
-    const double age = static_cast<double>(rte_rdtsc() - beat) * 1e9 / static_cast<double>(config_.tsc_hz);
+  const std::uint64_t tsc = rte_rdtsc();
+  if (timeline.previous_tag != 0 && beat != 0) {
+    const double age = static_cast<double>(tsc - beat) * 1e9 / static_cast<double>(config_.tsc_hz);
     timeline.last_heartbeat_ns = monotonic_ns() - static_cast<std::uint64_t>(std::max(age, 0.0));
   }
+  // From here on the next heir judges us, not our predecessor.
+  shard.heartbeat_tsc.store(tsc, std::memory_order_relaxed);
+  shard.asleep.store(0, std::memory_order_relaxed);
 
+  timeline.suspect = weigh_death(*config_.segment, config_.index, *config_.fence,
+                                 {static_cast<std::uint32_t>(timeline.previous_tag), timeline.verdict});
   adopt_generations();
   replay_record(timeline);
   TANDEM_PROBE(kTakeoverReplayed);
   timeline.replayed_ns = monotonic_ns();
   timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
-  for (QueuePair& pair : pairs_) notify_all(pair);
-  shard.asleep.store(0, std::memory_order_relaxed);
-  shard.takeover = timeline;
   transactions_at_takeover_ = shard.transactions.load(std::memory_order_relaxed);
   first_transaction_pending_ = true;
+  if (let_go && timeline.record_armed == 0) {
+    poll_once();  // packets first: nobody waits to be told, and reports are system calls
+  } else {
+    for (QueuePair& pair : pairs_) notify_all(pair);
+  }
+  shard.takeover = timeline;
   say(TookOverEvent{timeline});
   for (std::uint32_t device = 0; device < kMaxDevices; ++device)
     if (devices_[device].uplink) put_in_force(device);
   return true;
+}
+
+// What the owner that let go has written down, and what that makes of this takeover.
+void Shard::note_handover(TakeoverTimeline& timeline) {
+  const Handover& handover = state().handover;
+  timeline.previous_tag = handover.owner_tag.load(std::memory_order_relaxed);
+  timeline.requested_ns = handover.requested_ns.load(std::memory_order_relaxed);
+  timeline.granted_ns = handover.granted_ns.load(std::memory_order_relaxed);
+  if (handover.heir_tag.load(std::memory_order_relaxed) == tag_) timeline.kind = TakeoverKind::kHandover;
+  // Neither: both are dead, and this is a failover, from a dead owner that happened to have let go.
+  if (timeline.previous_tag == tag_) timeline.kind = TakeoverKind::kTakenBack;
 }
 
 // The description under which a device's queue pairs are served, with its generation; nullptr if it is not held here.
@@ -116,6 +145,14 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
   timeline.replayed_kind = static_cast<std::uint32_t>(record.kind);
   timeline.replayed_packets = record.frame_count;
   timeline.replayed_queue_pair = record.queue_pair;
+  if (record_is_poison(*config_.segment, record)) {
+    abandon_record(*pair);
+    say(ProblemEvent{0,
+                     "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
+                     "that burst may be lost or repeated, and queue pair " +
+                         std::to_string(record.queue_pair) + " is stopped in that direction"});
+    return;
+  }
   timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;
   if (timeline.record_valid == 0)
     say(ProblemEvent{0, "replay the dead owner's record: cursors or frames of queue pair " +

@@ -55,15 +55,20 @@ void DeadManSwitch::push(std::uint64_t limit_ns) const {
   ::timerfd_settime(timer_.get(), 0, &time, nullptr);
 }
 
-void DeadManSwitch::drain() const {
+bool DeadManSwitch::drain() const {
   std::uint64_t expiries = 0;
-  [[maybe_unused]] const ssize_t got = ::read(timer_.get(), &expiries, sizeof expiries);
+  return timer_ && ::read(timer_.get(), &expiries, sizeof expiries) == sizeof expiries;
 }
 
 HangVerdict judge(const OwnerView& view) {
-  if (view.marked_asleep)
-    return view.work_pending && view.asleep_work_ns > view.blocked_limit_ns ? HangVerdict::kAsleepWithWork
-                                                                            : HangVerdict::kNone;
+  if (view.passes_work_by) return HangVerdict::kNoProgress;
+  if (view.marked_asleep) {
+    if (!view.work_pending || view.state == '?' || view.state == 'Z' || view.state == 'X') return HangVerdict::kNone;
+    // Woken, and waits for a CPU.
+    if (view.state == 'R' && !view.uses_cpu)
+      return view.asleep_work_ns > kStarvedLimitNs ? HangVerdict::kStarved : HangVerdict::kNone;
+    return view.asleep_work_ns > view.blocked_limit_ns ? HangVerdict::kAsleepWithWork : HangVerdict::kNone;
+  }
   switch (view.state) {
     case 'R':
       if (view.uses_cpu) return view.still_ns > view.spin_limit_ns ? HangVerdict::kSpinning : HangVerdict::kNone;

@@ -27,7 +27,8 @@ class DeadManSwitch {
   void push(std::uint64_t limit_ns) const;
   /// For the heir's epoll: readable once expired; drain() makes it silent until the next expiry.
   [[nodiscard]] int fd() const { return timer_.get(); }
-  void drain() const;
+  /// True if it had expired.
+  bool drain() const;
 
  private:
   UniqueFd timer_;
@@ -37,6 +38,7 @@ class DeadManSwitch {
 struct OwnerView {
   bool marked_asleep = false;
   bool work_pending = false;
+  bool passes_work_by = false;       ///< went round its loop again and again with work pending, and moved nothing
   std::uint64_t still_ns = 0;        ///< since its last heartbeat
   std::uint64_t asleep_work_ns = 0;  ///< how long it has slept through pending work
   char state = '?';                  ///< proc(5)
@@ -47,13 +49,41 @@ struct OwnerView {
 inline constexpr std::uint64_t kStarvedLimitNs = 1'000'000'000;
 HangVerdict judge(const OwnerView& view);
 
-/// The heir's end: the one owner it watches.
+/// What an heir remembers from look to look to tell a loop that turns without working.
+class IdleRounds {
+ public:
+  /// `beat` changes once a round; `moved` whenever anything has crossed. True once so many rounds began with work
+  /// pending and moved nothing that the work cannot have come too late for all of them.
+  bool look(bool work_pending, std::uint64_t beat, std::uint64_t moved) {
+    if (!work_pending || !watching_ || moved != moved_) {
+      watching_ = work_pending;
+      moved_ = moved;
+      rounds_ = 0;
+    } else if (beat != beat_) {
+      ++rounds_;
+    }
+    beat_ = beat;
+    return rounds_ >= kRounds;
+  }
+  [[nodiscard]] bool suspicious() const { return watching_; }
+
+ private:
+  // Two would do: between two new heartbeats lies a whole round. A nap beats once more without one.
+  static constexpr unsigned kRounds = 4;
+  bool watching_ = false;
+  std::uint64_t beat_ = 0, moved_ = 0;
+  unsigned rounds_ = 0;
+};
+
+/// The heir's end: the one thread that it watches while that owns the shard.
 class Watchdog {
  public:
   Watchdog() = default;
-  /// `pidfd` of process `pid`, whose thread `tid` owns the shard.
-  Watchdog(UniqueFd pidfd, pid_t pid, pid_t tid) : pidfd_(std::move(pidfd)), pid_(pid), tid_(tid) {}
+  /// `pidfd` of process `pid`, whose thread `tid` is incarnation `tag`.
+  Watchdog(UniqueFd pidfd, pid_t pid, pid_t tid, std::uint32_t tag)
+      : pidfd_(std::move(pidfd)), pid_(pid), tid_(tid), tag_(tag) {}
   explicit operator bool() const { return static_cast<bool>(pidfd_); }
+  [[nodiscard]] std::uint32_t tag() const { return tag_; }
 
   /// Thread state letter and whether it uses CPU; takes some hundred microseconds for a runnable thread.
   void look(OwnerView& view) const;
@@ -64,6 +94,7 @@ class Watchdog {
   UniqueFd pidfd_;
   pid_t pid_ = 0;
   pid_t tid_ = 0;
+  std::uint32_t tag_ = 0;
 };
 
 }  // namespace tandem

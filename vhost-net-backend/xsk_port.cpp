@@ -15,11 +15,12 @@ namespace {
 
 bool ring_is_sane(const XskRing& ring, std::uint64_t entry_size) {
   const bool power_of_two = ring.entries != 0 && (ring.entries & (ring.entries - 1)) == 0;
+  const bool aligned = ring.producer % 4 == 0 && ring.consumer % 4 == 0 && ring.descriptors % 8 == 0;
   const auto inside = [&](std::uint64_t offset, std::uint64_t length) {
     return offset <= ring.mmap_size && length <= ring.mmap_size - offset;
   };
-  return power_of_two && ring.entries <= (1u << 20) && inside(ring.producer, 4) && inside(ring.consumer, 4) &&
-         inside(ring.descriptors, ring.entries * entry_size);
+  return power_of_two && aligned && ring.entries <= (1u << 20) && inside(ring.producer, 4) &&
+         inside(ring.consumer, 4) && inside(ring.descriptors, ring.entries * entry_size);
 }
 
 bool memory_is_sane(const XskDescription& description) {
@@ -41,7 +42,8 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
       !ring_is_sane(description.completion, 8) || description.frame_size < 2048 ||
       (description.frame_size & (description.frame_size - 1)) != 0 || description.max_packet > description.frame_size ||
       description.tx_frames % 64 != 0 || description.tx_frames == 0 || description.tx_frames > kTransmitFrames ||
-      std::uint64_t{description.rx_frames + description.tx_frames} * description.frame_size != description.umem_size ||
+      (std::uint64_t{description.rx_frames} + description.tx_frames) * description.frame_size !=
+          description.umem_size ||
       !memory_is_sane(description))
     return fail(ErrorKind::kInvalid,
                 "map " + what + ": the socket's description is inconsistent or of another version");

@@ -35,6 +35,30 @@ std::string quoted(std::string_view text) {
   return result + "'";
 }
 
+/// UTF-8 without control characters: what goes into logs, JSON and tables. pugixml makes bytes of any character
+/// reference, surrogates too.
+bool is_plain_text(std::string_view text) {
+  for (std::size_t i = 0; i < text.size();) {
+    const auto lead = static_cast<unsigned char>(text[i++]);
+    if (lead < 0x20 || lead == 0x7f) return false;
+    if (lead < 0x80) continue;
+    const int more = lead >= 0xc2 && lead < 0xe0   ? 1
+                     : lead >= 0xe0 && lead < 0xf0 ? 2
+                     : lead >= 0xf0 && lead < 0xf5 ? 3
+                                                   : 0;
+    if (more == 0 || text.size() - i < static_cast<std::size_t>(more)) return false;
+    std::uint32_t code = lead & (0x3fu >> more);
+    for (int n = 0; n < more; ++n) {
+      const auto next = static_cast<unsigned char>(text[i++]);
+      if ((next & 0xc0u) != 0x80) return false;
+      code = code << 6 | (next & 0x3fu);
+    }
+    constexpr std::uint32_t kSmallest[] = {0, 0x80, 0x800, 0x10000};
+    if (code < kSmallest[more] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return false;
+  }
+  return true;
+}
+
 tl::unexpected<Error> wrong(std::string text) { return fail(ErrorKind::kInvalid, std::move(text)); }
 
 // ---- namespaces (pugixml has none) ----
@@ -372,6 +396,8 @@ Result<DomainOption> parse_domain(xml_node domain, std::string_view run_director
   if (auto nics = parse_nics(*option, result); !nics) return tl::make_unexpected(std::move(nics.error()));
   if (result.nics.empty()) return result;
   if (result.name.empty()) return wrong("the domain has no <name>");
+  if (!is_plain_text(result.name) || !is_plain_text(result.uuid))
+    return wrong("the domain's <name> or <uuid> has characters that are no text: " + quoted(result.name));
   for (NicOption& nic : result.nics) {
     nic.socket_path = socket_path(run_directory, nic.mac);
     if (auto fits = fit_interface(domain, nic); !fits) return within("NIC " + nic.mac, std::move(fits.error()));

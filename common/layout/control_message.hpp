@@ -14,18 +14,20 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 1;
+inline constexpr std::uint16_t kControlVersion = 2;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
-  kWelcome = 1,   ///< WelcomeBody; fds: segment, fence slots, one wake ring per shard, one dead man's timer per shard
+  kWelcome =
+      1,  ///< WelcomeBody; fds: segment, fence slots, then per shard one wake ring; one dead man's timer; one bell
   kAttach = 2,    ///< AttachBody + XskDescription[queue_pairs]; fds: (xsk, umem) per queue pair
   kDetach = 3,    ///< DeviceBody: forget device and uplink (its last description has nothing running)
   kDescribe = 4,  ///< DeviceDescription; fds in its order
   kPrune = 5,     ///< DeviceBody: drop descriptions older than the generation
-  kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard. fd: pidfd of the
-                  ///< present owner, if there is one
+  kArm = 6,       ///< ArmBody: the thread's watch is confirmed; from now on it may own the shard. fd: pidfd of its
+                  ///< peer, if there is one. Said again when the peer changes
   kDrill = 7,     ///< DrillBody: fail on purpose
+  kHandOver = 8,  ///< ShardBody: ask the shard's owner to let go, and take over from it
   // backend -> supervisor
   kReady = 100,             ///< ReadyBody: EAL up, poll threads running
   kHeld = 101,              ///< DeviceBody: standby holds this generation
@@ -34,6 +36,9 @@ enum class ControlType : std::uint16_t {
   kFirstTransaction = 104,  ///< TakeoverBody, again with first_transaction_ns
   kDetached = 106,  ///< DeviceBody: device and uplink are forgotten, nothing of theirs is mapped or written any more
   kProblem = 105,   ///< ProblemBody: text for the log; does not by itself end anything
+  kNotHandedOver = 107,  ///< RefusalBody: kHandOver came to nothing
+  kPoison = 108,         ///< PoisonBody, then `captured` bytes: a packet was dropped because owners died on it
+  kCannotAttach = 109,   ///< ProblemBody: an armed backend cannot map a new device's uplink; one not yet armed leaves
 };
 
 struct ControlHeader {
@@ -64,11 +69,18 @@ struct DeviceBody {
   std::uint64_t generation = 0;
 };
 
+struct ShardBody {
+  std::uint32_t shard = 0;
+  std::uint32_t reserved = 0;
+};
+
 struct ArmBody {
   std::uint32_t shard = 0;
   std::uint32_t tag = 0;
-  std::uint32_t owner_pid = 0;  ///< the present owner's process and poll thread, 0 if there is none
-  std::uint32_t owner_tid = 0;
+  std::uint32_t peer_tag = 0;  ///< the other member's thread of this shard, owner or heir; 0 if there is none
+  std::uint32_t peer_pid = 0;
+  std::uint32_t peer_tid = 0;
+  std::uint32_t reserved = 0;
 };
 
 enum class DrillFault : std::uint32_t {
@@ -78,6 +90,7 @@ enum class DrillFault : std::uint32_t {
   kSpin = 4,      ///< an endless loop in the poll thread
   kBlock = 5,     ///< the poll thread sleeps without having said so
   kExit = 6,      ///< the poll thread ends the process as exit() would
+  kLivelock = 7,  ///< the poll thread goes on beating and does no work
 };
 
 struct DrillBody {
@@ -97,15 +110,36 @@ struct TakeoverBody {
   TakeoverTimeline timeline;
 };
 
+struct RefusalBody {
+  std::uint32_t shard = 0;
+  std::uint32_t reserved = 0;
+  char text[120] = {};
+};
+
 struct ProblemBody {
   std::uint32_t device = 0;
   std::uint32_t reserved = 0;
   char text[248] = {};
 };
 
+/// Bytes of a poison packet that are passed on at the most.
+inline constexpr std::uint32_t kMaxPoisonBytes = 60 * 1024;
+
+struct PoisonBody {
+  std::uint32_t shard = 0;
+  std::uint32_t epoch = 0;  ///< of the owner that dropped it
+  std::uint32_t device = 0;
+  std::uint32_t queue_pair = 0;  ///< index in the segment
+  PacketPhase direction{};       ///< kTransmit or kReceive
+  std::uint32_t deaths = 0;
+  std::uint32_t length = 0;    ///< bytes of the packet, as far as its descriptors tell
+  std::uint32_t captured = 0;  ///< of them that could be read
+};
+
+static_assert(sizeof(PoisonBody) == 32);
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
-static_assert(sizeof(DeviceBody) == 16 && sizeof(ArmBody) == 16 && sizeof(DrillBody) == 8 &&
-              sizeof(ProblemBody) == 256);
+static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 8 &&
+              sizeof(RefusalBody) == 128 && sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);
 
 }  // namespace tandem

@@ -33,12 +33,12 @@ enum tandem_fence_cause {
 
 /* 64 bytes, so that no two slots share a cache line. `tag` is stored last, with release order. */
 struct tandem_fence_slot {
-  tandem_u64 time_ns; /* CLOCK_MONOTONIC at the mark */
-  tandem_u32 cause;   /* enum tandem_fence_cause */
-  tandem_u32 signal;  /* signal number for TANDEM_FENCE_SIGNAL, else 0 */
-  tandem_u32 tid;     /* thread that died, init pid namespace */
-  tandem_u32 reserved;
-  tandem_u64 tag; /* incarnation that is dead; stored last */
+  tandem_u64 time_ns;   /* CLOCK_MONOTONIC at the mark */
+  tandem_u32 cause;     /* enum tandem_fence_cause */
+  tandem_u32 signal;    /* signal number for TANDEM_FENCE_SIGNAL, else 0 */
+  tandem_u32 tid;       /* thread that died, init pid namespace */
+  tandem_u32 own_doing; /* 1: the signal is a fault of the thread, or its own process sent it */
+  tandem_u64 tag;       /* incarnation that is dead; stored last */
   tandem_u64 padding[4];
 };
 

@@ -14,7 +14,7 @@
 
 namespace tandem {
 
-inline constexpr std::uint32_t kRedoVersion = 1;
+inline constexpr std::uint32_t kRedoVersion = 2;
 /// Packets in one burst at the most.
 inline constexpr std::uint32_t kBurstPackets = 32;
 /// Used elements in one burst at the most: a mergeable packet takes several receive buffers.
@@ -50,8 +50,8 @@ struct alignas(64) RedoRecord {
   std::uint16_t used_before, used_after;    ///< used.idx
   std::uint32_t queue_pair;                 ///< index in the segment
   std::uint32_t epoch;
-  std::uint32_t padding;
-  std::uint64_t generation;                       ///< of the device description the burst was staged under
+  std::uint32_t poisoned;    ///< 1: the burst is one packet, and drops it because owners died on it
+  std::uint64_t generation;  ///< of the device description the burst was staged under
   std::uint32_t consumer_before, consumer_after;  ///< receive: the RX ring's consumer
   std::uint32_t producer_before, producer_after;  ///< transmit: TX ring's producer; receive: fill ring's producer
   std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied

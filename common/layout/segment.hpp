@@ -5,7 +5,8 @@
 // whoever takes it over: a crashed owner may have damaged it. Nothing in it is a pointer.
 //
 // Who writes: a shard's fields, its record, and its queue pairs' states only the thread that owns the shard. The owner
-// word only an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence).
+// word an heir, with compare-and-swap, after it has seen the owner's fence slot dead (recovery/fence), and the owner
+// itself when it lets go in a planned handover (docs/handover.md).
 #pragma once
 
 #include <atomic>
@@ -13,12 +14,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/layout/poison.hpp"
 #include "common/layout/redo_record.hpp"
 
 namespace tandem {
 
 inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
-inline constexpr std::uint32_t kSegmentVersion = 1;
+inline constexpr std::uint32_t kSegmentVersion = 2;
 inline constexpr std::uint32_t kMaxShards = 8;
 inline constexpr std::uint32_t kMaxDevices = 64;
 inline constexpr std::uint32_t kMaxQueuePairs = 256;
@@ -52,7 +54,10 @@ struct alignas(64) QueuePairState {
   /// Generation of the device description in force for this queue pair. Stored with release order by the owner when its
   /// record is empty: a reader that sees N knows that nothing is written to guest memory under N-1 any more.
   std::atomic<std::uint64_t> generation;
-  std::uint64_t reserved[7];
+  Suspicion receive_suspicion, transmit_suspicion;
+  std::atomic<std::uint64_t> record_suspect;  ///< Suspect::word() of a record that kills whoever applies it
+  std::atomic<std::uint64_t> kills;           ///< owners that died, by their own fault, on what came through this pair
+  std::uint64_t reserved;
   VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
@@ -64,6 +69,14 @@ enum class HangVerdict : std::uint32_t {
   kBlocked = 2,         ///< sleeps, is stopped or frozen, without having marked itself asleep
   kAsleepWithWork = 3,  ///< marked itself asleep and sleeps through work
   kStarved = 4,         ///< got no CPU for so long that waiting on makes no sense
+  kNoProgress = 5,      ///< its loop turns and beats, and passes work by
+};
+
+/// How a shard changed hands.
+enum class TakeoverKind : std::uint32_t {
+  kFailover = 0,   ///< the owner is dead, or there never was one
+  kHandover = 1,   ///< the owner let go, for the heir that had asked
+  kTakenBack = 2,  ///< the owner had let go, the heir did not come in time: it owns again
 };
 
 /// How a shard came to its present owner; times are CLOCK_MONOTONIC ns, 0 for "did not happen (yet)".
@@ -78,21 +91,42 @@ struct TakeoverTimeline {
   std::uint64_t epoch_ns;
   std::uint64_t replayed_ns;
   std::uint64_t first_transaction_ns;
-  std::uint32_t record_armed;   ///< 1 if a record was found armed
-  std::uint32_t record_valid;   ///< 1 if it passed validation and was replayed
+  /// What the dead owner had in hand, if it died by its own fault: PacketPhase | deaths on it so far << 8 | queue pair
+  /// << 16.
+  std::uint32_t suspect;
+  std::uint16_t record_armed;   ///< 1 if a record was found armed
+  std::uint16_t record_valid;   ///< 1 if it passed validation and was replayed
   std::uint32_t replayed_kind;  ///< RedoKind
   std::uint32_t replayed_packets;
   std::uint32_t replayed_queue_pair;
   std::uint32_t queue_pairs;  ///< running queue pairs taken over
   HangVerdict verdict;        ///< kNone: it died by itself
-  std::uint32_t reserved;
+  TakeoverKind kind;
   std::uint64_t verdict_ns;
+  std::uint64_t requested_ns;  ///< handover: when the heir asked, and when the owner let go
+  std::uint64_t granted_ns;
+};
+
+/// A planned handover, in the making or the last one (docs/handover.md).
+struct Handover {
+  /// epoch << 32 | nonce: an heir asks the owner of this epoch to let go. Written by the heir, last; 0: nobody asks.
+  std::atomic<std::uint64_t> request;
+  /// The request that was granted, echoed by the owner before it lets go of the owner word.
+  std::atomic<std::uint64_t> grant;
+  std::atomic<std::uint32_t> heir_tag;   ///< who asks
+  std::atomic<std::uint32_t> owner_tag;  ///< who granted
+  std::atomic<std::uint64_t> requested_ns;
+  std::atomic<std::uint64_t> granted_ns;
 };
 
 struct alignas(64) ShardState {
-  /// epoch << 32 | low 32 bits of the owner's fence tag. Epoch 0, tag 0: never owned.
+  /// epoch << 32 | low 32 bits of the owner's fence tag. Tag 0: nobody owns, any armed heir may take it; with epoch 0
+  /// nobody ever has, with another one its owner has let go.
   std::atomic<std::uint64_t> owner;
-  std::uint64_t reserved0[7];
+  Handover handover;
+  /// Written by the heir, at least every 100 ms: CLOCK_MONOTONIC ns when it last looked for its owner.
+  std::atomic<std::uint64_t> heir_beat_ns;
+  std::uint64_t reserved0;
   /// Written by the supervisor: how long an owner may stand still, in ns (the smallest limits of the NICs it serves).
   alignas(64) std::atomic<std::uint64_t> spin_limit_ns;
   std::atomic<std::uint64_t> blocked_limit_ns;
@@ -102,6 +136,7 @@ struct alignas(64) ShardState {
   std::atomic<std::uint32_t> asleep;
   std::uint32_t reserved1;
   std::atomic<std::uint64_t> transactions;
+  std::atomic<std::uint64_t> in_hand;  ///< PacketCursor::word()
   alignas(64) TakeoverTimeline takeover;
   RedoRecord record;
 };
@@ -121,7 +156,7 @@ constexpr std::uint32_t owner_epoch(std::uint64_t word) { return static_cast<std
 constexpr std::uint32_t owner_tag(std::uint64_t word) { return static_cast<std::uint32_t>(word); }
 
 static_assert(sizeof(VringCursors) == 64 && sizeof(QueuePairState) == 3 * 64 + kTransmitFrames / 8);
-static_assert(sizeof(TakeoverTimeline) <= 128);
+static_assert(sizeof(TakeoverTimeline) <= 128 && sizeof(Handover) == 40);
 static_assert(offsetof(ShardState, heartbeat_tsc) == 128 && offsetof(ShardState, takeover) == 192);
 static_assert(offsetof(ShardState, record) == 320);
 static_assert(std::is_standard_layout_v<Segment>);

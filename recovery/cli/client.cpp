@@ -25,7 +25,8 @@ Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohman
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
     return fail_errno(
         doing, errno == EACCES ? "run this as root" : "is tandemd running? Start it with: systemctl start tandemd");
-  const std::string text = request.dump() + "\n";
+  // libvirt's XML is UTF-8; if it ever is not, the option's parser shall say so, not an exception here.
+  const std::string text = request.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   for (std::size_t sent = 0; sent < text.size();) {
     const ssize_t count = ::send(socket.get(), text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
     if (count < 0 && errno == EINTR) continue;
@@ -38,7 +39,8 @@ Result<nlohmann::json> ask_tandemd(const std::string& socket_path, const nlohman
     const ssize_t count = ::recv(socket.get(), buffer, sizeof buffer, 0);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0 && errno == EAGAIN)
-      return fail(ErrorKind::kGone, doing + ": no answer within " + std::to_string(limit_seconds) + " s; see its log");
+      return fail(ErrorKind::kSystem,
+                  doing + ": no answer within " + std::to_string(limit_seconds) + " s; see its log");
     if (count < 0) return fail_errno(doing);
     if (count == 0) return fail(ErrorKind::kGone, doing + ": it closed the connection without an answer; see its log");
     received.append(buffer, static_cast<std::size_t>(count));

@@ -72,10 +72,15 @@ std::string status_table(const nlohmann::json& status) {
     std::string name = "-";
     for (const char* kind : {"bridge", "dev", "null"})
       if (uplink.contains(kind)) name = show(uplink[kind]);
-    const std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
+    std::string problem = show(nic["fault"]).empty() ? show(nic["uplink_problem"]) : show(nic["fault"]);
+    std::string link = nic["connected"].get<bool>() ? "connected" : "waiting";
+    if (const auto disabled = nic.value("disabled", nlohmann::json()); disabled.is_object()) {
+      link = disabled["by"] == "tandem" ? "parked" : "disabled";
+      problem = show(disabled["reason"]);
+    }
     nics.push_back(
-        {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name,
-         nic["connected"].get<bool>() ? "connected" : "waiting", show(nic["rx"]["packets"]), show(nic["tx"]["packets"]),
+        {show(nic["mac"]), show(nic["domain"]), show(nic["pair"]), name, link, show(nic["rx"]["packets"]),
+         show(nic["tx"]["packets"]),
          std::to_string(nic["rx"]["dropped"].get<std::uint64_t>() + nic["tx"]["dropped"].get<std::uint64_t>()),
          show(nic["overflow"]), problem.empty() ? "-" : problem});
   }
@@ -84,18 +89,17 @@ std::string status_table(const nlohmann::json& status) {
 
 std::string incident_table(const nlohmann::json& incidents) {
   std::vector<Row> rows{
-      {"Id", "Time", "Pair", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
+      {"Id", "Time", "Pair", "Kind", "Cause", "Owner was", "Heir awake", "Took over", "First packet", "Replayed"}};
   for (const auto& incident : incidents.at("incidents")) {
     const auto& timeline = incident["timeline_ns"];
     const auto& replayed = incident["replayed"];
     rows.push_back({show(incident["id"]), local_time(incident["time_ms"].get<std::int64_t>()), show(incident["pair"]),
-                    show(incident["cause"]), show(incident["owner_state"]), microseconds(timeline["heir_awake"]),
-                    microseconds(timeline["replayed"]), microseconds(timeline["first_transaction"]),
+                    incident.value("kind", "failover"), show(incident["cause"]), show(incident["owner_state"]),
+                    microseconds(timeline["heir_awake"]), microseconds(timeline["replayed"]),
+                    microseconds(timeline["first_transaction"]),
                     replayed["armed"].get<bool>() ? show(replayed["packets"]) + " packets" : "nothing"});
   }
   return lay_out(rows);
 }
-
-std::string incident_text(const nlohmann::json& incident) { return incident_table({{"incidents", {incident}}}); }
 
 }  // namespace tandem

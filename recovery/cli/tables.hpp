@@ -9,6 +9,5 @@ namespace tandem {
 
 std::string status_table(const nlohmann::json& status);
 std::string incident_table(const nlohmann::json& incidents);
-std::string incident_text(const nlohmann::json& incident);
 
 }  // namespace tandem

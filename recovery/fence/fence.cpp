@@ -6,6 +6,7 @@
 #include <bpf/libbpf.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdarg>
 #include <cstdio>
@@ -200,6 +201,8 @@ Status Fence::refuse_shared_slot(pid_t tid, std::uint64_t tag) const {
 Status Fence::watch(pid_t tid, std::uint64_t tag, std::uint32_t ring, pid_t process) {
   const std::string doing = "watch thread " + std::to_string(tid);
   if (tag == 0) return fail(ErrorKind::kInvalid, doing + ": incarnation 0 means nobody");
+  if (dead(tag))
+    return fail(ErrorKind::kInvalid, doing + ": incarnation " + std::to_string(tag) + " is dead; give out a new one");
   if (auto unique = refuse_shared_slot(tid, tag); !unique) return unique;
   const auto before = identify_thread(tid, process);
   if (!before) return within(doing, before.error());
@@ -274,6 +277,20 @@ Result<UniqueFd> Fence::ring_fd(std::uint32_t index) const {
 Status Fence::free_ring(std::uint32_t index) {
   if (::bpf_map_delete_elem(rings_.get(), &index) == 0 || errno == ENOENT) return {};
   return fail_errno("free wake-up ring " + std::to_string(index));
+}
+
+std::uint64_t Fence::highest_tag() const noexcept {
+  std::uint64_t highest = 0;
+  for (std::uint32_t slot = 0; slot < TANDEM_FENCE_SLOTS; ++slot) {
+    tandem_fence_slot mark{};
+    if (::bpf_map_lookup_elem(slots_.get(), &slot, &mark) == 0) highest = std::max<std::uint64_t>(highest, mark.tag);
+  }
+  std::uint32_t key = 0;
+  tandem_fence_watch entry{};
+  for (const std::uint32_t* previous = nullptr; ::bpf_map_get_next_key(watch_.get(), previous, &key) == 0;
+       previous = &key)
+    if (::bpf_map_lookup_elem(watch_.get(), &key, &entry) == 0) highest = std::max<std::uint64_t>(highest, entry.tag);
+  return highest;
 }
 
 Status Fence::unpin_all() { return remove_pin_directory(pin_dir_); }

@@ -41,7 +41,8 @@ class Fence {
   /// as at the call, had not begun to exit afterwards. With `process` not 0, `tid` must be a thread of that process;
   /// keep it from being reaped (or hold a pidfd and check it after) so that its number means what it meant. On kGone
   /// the thread is dead or dying and nothing is watched; its slot may or may not be marked, so treat `tag` as used up.
-  /// `ring` is an index from make_ring(), or TANDEM_FENCE_NO_RING.
+  /// kInvalid: the incarnation is marked dead already, so it was used before. `ring` is an index from make_ring(), or
+  /// TANDEM_FENCE_NO_RING.
   Status watch(pid_t tid, std::uint64_t tag, std::uint32_t ring, pid_t process = 0);
 
   /// The heir of a watched thread changes. kGone: it is not watched any more (it died, perhaps waking the old heir). A
@@ -65,6 +66,9 @@ class Fence {
   /// What was recorded of incarnation `tag`; all zero while it lives.
   [[nodiscard]] tandem_fence_slot read_slot(std::uint64_t tag) const noexcept { return view_.slot(tag); }
   [[nodiscard]] bool dead(std::uint64_t tag) const noexcept { return view_.dead(tag); }
+
+  /// The highest incarnation that is watched or marked: whoever goes on from pins gives out higher ones only.
+  [[nodiscard]] std::uint64_t highest_tag() const noexcept;
 
   /// Removes the pins (and empty directories): the fence ends with this object and with descriptors held elsewhere.
   Status unpin_all();

@@ -88,6 +88,8 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"qemu.socket_user", text(config.socket_user)},
       {"qemu.socket_group", text(config.socket_group)},
       {"pair.shards", number<std::uint32_t>(config.shards, 1, kMaxShards)},
+      {"parking.kills", number<std::uint32_t>(config.parking_kills, 0, 1000)},
+      {"parking.window_s", number<std::uint32_t>(config.parking_window_s, 1, 86'400)},
       {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
       {"pair.polling",
        choice<Polling>(config.polling, {{"adaptive", Polling::kAdaptive}, {"always", Polling::kAlways}})},

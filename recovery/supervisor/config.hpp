@@ -27,6 +27,10 @@ struct Config {
   Hugepages hugepages = Hugepages::kAuto;
   std::int32_t nice = -10;  ///< of poll threads, -20 to 19: an heir must get a busy CPU at once
 
+  std::uint32_t parking_kills =
+      5;  ///< backends that a NIC may kill within the window before it is parked; 0: any number
+  std::uint32_t parking_window_s = 60;
+
   [[nodiscard]] std::string nic_socket_dir() const { return run_dir + "/nic"; }
   [[nodiscard]] std::string dpdk_dir() const { return run_dir + "/dpdk"; }
   [[nodiscard]] std::string control_socket() const { return run_dir + "/control.sock"; }

@@ -103,7 +103,9 @@ void ControlServer::on_readable(std::uint64_t id) {
 void ControlServer::answer(std::uint64_t id, const nlohmann::json& reply) {
   const auto found = clients_.find(id);
   if (found == clients_.end()) return;
-  const std::string text = reply.dump() + "\n";
+  // Names come from elsewhere (a domain's XML may spell what is no UTF-8): those bytes are replaced, dump() would
+  // throw.
+  const std::string text = reply.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   // Blocking with a limit would be worse than losing a client that does not read: its buffer takes 200 KiB.
   const int buffer = static_cast<int>(text.size()) + 4096;
   ::setsockopt(found->second.socket.get(), SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);

@@ -43,6 +43,8 @@ class EventLoop {
   Source soon(Callback callback) { return after(std::chrono::nanoseconds{0}, std::move(callback)); }
   /// Until quit(); returns its code, or a negative errno if the loop itself failed.
   int run();
+  /// Handles one event that is ready now; false if there is none.
+  bool step() { return sd_event_run(event_.get(), 0) > 0; }
   void quit(int code = 0) { sd_event_exit(event_.get(), code); }
 
  private:

@@ -7,11 +7,14 @@
 #include <filesystem>
 #include <fstream>
 
+#include "recovery/supervisor/pcap.hpp"
+
 namespace tandem {
 
 namespace {
 
 constexpr std::size_t kKept = 1000;
+constexpr std::size_t kCapturesKept = 100;
 
 nlohmann::json hang_name(HangVerdict verdict) {
   switch (verdict) {
@@ -25,6 +28,20 @@ nlohmann::json hang_name(HangVerdict verdict) {
       return "asleep with work pending";
     case HangVerdict::kStarved:
       return "starved";
+    case HangVerdict::kNoProgress:
+      return "no progress";
+  }
+  return "unknown";
+}
+
+const char* kind_name(TakeoverKind kind) {
+  switch (kind) {
+    case TakeoverKind::kFailover:
+      return "failover";
+    case TakeoverKind::kHandover:
+      return "handover";
+    case TakeoverKind::kTakenBack:
+      return "handover taken back";
   }
   return "unknown";
 }
@@ -44,7 +61,40 @@ nlohmann::json fallbacks(const TakeoverTimeline& timeline) {
   return list;
 }
 
+const char* phase_name(PacketPhase phase) {
+  return phase == PacketPhase::kTransmit ? "transmit" : phase == PacketPhase::kReceive ? "receive" : "replay";
+}
+
+nlohmann::json suspect_json(const Incident& incident) {
+  const auto suspect = decode_suspect(incident.timeline);
+  if (!suspect) return nullptr;
+  return {{"direction", phase_name(suspect->phase)},
+          {"queue_pair", suspect->queue_pair},
+          {"deaths", suspect->deaths},
+          {"mac", incident.suspect_mac}};
+}
+
+nlohmann::json poison_json(const Incident& incident) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const PoisonRecord& packet : incident.poison)
+    list.push_back({{"mac", packet.mac},
+                    {"direction", packet.receive ? "receive" : "transmit"},
+                    {"queue_pair", packet.queue_pair},
+                    {"length", packet.length},
+                    {"captured", packet.captured},
+                    {"file", packet.file.empty() ? nlohmann::json() : nlohmann::json(packet.file)}});
+  return list;
+}
+
 }  // namespace
+
+std::optional<SuspectView> decode_suspect(const TakeoverTimeline& timeline) {
+  const SuspectView view{static_cast<PacketPhase>(timeline.suspect & 0xffu), timeline.suspect >> 8 & 0xffu,
+                         timeline.suspect >> 16};
+  const bool known =
+      view.phase == PacketPhase::kTransmit || view.phase == PacketPhase::kReceive || view.phase == PacketPhase::kApply;
+  return known && view.deaths > 0 && view.queue_pair < kMaxQueuePairs ? std::optional(view) : std::nullopt;
+}
 
 std::string signal_name(int signal) {
   const char* name = ::sigabbrev_np(signal);
@@ -52,6 +102,7 @@ std::string signal_name(int signal) {
 }
 
 std::string Incident::cause() const {
+  if (planned()) return "planned";
   if (reaped && exit_signal != 0) return signal_name(exit_signal);
   if (reaped) return "exit " + std::to_string(exit_status);
   if (slot.cause == TANDEM_FENCE_SIGNAL) return signal_name(static_cast<int>(slot.signal));
@@ -59,7 +110,7 @@ std::string Incident::cause() const {
 }
 
 nlohmann::json Incident::to_json() const {
-  const std::uint64_t zero = timeline.fence_ns;
+  const std::uint64_t zero = planned() ? timeline.requested_ns : timeline.fence_ns;
   nlohmann::json replayed{{"armed", timeline.record_armed != 0}};
   if (timeline.record_armed != 0) {
     replayed["valid"] = timeline.record_valid != 0;
@@ -72,20 +123,25 @@ nlohmann::json Incident::to_json() const {
           {"pair", pair},
           {"shard", shard},
           {"time_ms", wall_clock_ms},
+          {"kind", kind_name(timeline.kind)},
           {"cause", cause()},
           {"signal", exit_signal != 0 ? exit_signal : static_cast<std::int32_t>(slot.signal)},
           {"thread_signal", slot.signal},
-          {"victim_pid", victim_pid},
+          {planned() ? "former_pid" : "victim_pid", victim_pid},
           {"heir_pid", heir_pid},
           {"epoch", timeline.epoch},
-          {"detected_by", timeline.verdict == HangVerdict::kNone ? "fence" : "watchdog"},
+          {"detected_by", planned()                                ? "request"
+                          : timeline.verdict == HangVerdict::kNone ? "fence"
+                                                                   : "watchdog"},
           {"hang", hang_name(timeline.verdict)},
-          {"fence_time_ns", zero},
+          {"fence_time_ns", timeline.fence_ns},
           {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
           {"timeline_ns",
            {{"last_heartbeat", relative(timeline.last_heartbeat_ns, zero)},
             {"hang_verdict", relative(timeline.verdict_ns, zero)},
-            {"fenced", 0},
+            {"requested", relative(timeline.requested_ns, zero)},
+            {"granted", relative(timeline.granted_ns, zero)},
+            {"fenced", planned() ? nlohmann::json(nullptr) : nlohmann::json(0)},
             {"heir_awake", relative(timeline.awake_ns, zero)},
             {"epoch_taken", relative(timeline.epoch_ns, zero)},
             {"replayed", relative(timeline.replayed_ns, zero)},
@@ -93,6 +149,9 @@ nlohmann::json Incident::to_json() const {
           {"replayed", std::move(replayed)},
           {"queue_pairs", timeline.queue_pairs},
           {"fallback", fallbacks(timeline)},
+          {"suspect", suspect_json(*this)},
+          {"poison", poison_json(*this)},
+          {"parked", parked_mac.empty() ? nlohmann::json() : nlohmann::json(parked_mac)},
           {"complete", closed}};
 }
 
@@ -109,12 +168,30 @@ Result<IncidentLog> IncidentLog::open(const std::string& directory) {
     if (stem.empty() || stem.size() > 18 || stem.find_first_not_of("0123456789") != std::string::npos) continue;
     const std::uint64_t id = std::stoull(stem);
     log.next_id_ = std::max<std::uint64_t>(log.next_id_, id + 1);
+    if (entry.path().extension() == ".pcap") {
+      log.captures_.insert(id);
+      continue;
+    }
     std::ifstream file(entry.path());
     auto record = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
     if (record.is_object()) log.earlier_[id] = std::move(record);
   }
   while (log.earlier_.size() > kKept) log.earlier_.erase(log.earlier_.begin());
   return log;
+}
+
+Result<std::string> IncidentLog::keep_packet(const Incident& incident, std::span<const std::byte> bytes,
+                                             std::uint32_t length) {
+  const auto path = [this](std::uint64_t id) { return directory_ + "/" + std::to_string(id) + ".pcap"; };
+  if (auto kept = append_to_pcap(path(incident.id), bytes, length, std::chrono::system_clock::now()); !kept)
+    return tl::make_unexpected(std::move(kept.error()));
+  captures_.insert(incident.id);
+  while (captures_.size() > kCapturesKept) {
+    std::error_code ignored;
+    std::filesystem::remove(path(*captures_.begin()), ignored);
+    captures_.erase(captures_.begin());
+  }
+  return path(incident.id);
 }
 
 Incident& IncidentLog::add(Incident incident) {

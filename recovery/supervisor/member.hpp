@@ -61,12 +61,13 @@ class Member {
   ExitStatus reap();
 
   enum class Stage { kStarting, kReady, kArmed, kOwner, kDead } stage = Stage::kStarting;
-  std::vector<pid_t> threads;        ///< poll threads' tids, one per shard
-  std::vector<std::uint32_t> tags;   ///< their fence tags
-  std::vector<std::uint32_t> rings;  ///< their wake rings
-  std::uint32_t shards_owned = 0;
+  std::vector<pid_t> threads;                   ///< poll threads' tids, one per shard
+  std::vector<std::uint32_t> tags;              ///< their fence tags
+  std::vector<std::uint32_t> rings;             ///< their wake rings
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
+  std::uint64_t heir_since_ns = 0;
+  std::uint64_t ended_as_hung_ns = 0;  ///< 0: it was not
   EventLoop::Source on_message, on_exit;
   EventLoop::Timer start_limit;  ///< a member that does not become ready is ended
 

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "recovery/supervisor/control_server.hpp"
 #include "recovery/supervisor/event_loop.hpp"
 #include "recovery/supervisor/pair.hpp"
 #include "recovery/uplink/uplink.hpp"
@@ -20,11 +22,19 @@ namespace tandem {
 struct PendingRequest {
   std::uint64_t sequence = 0;
   bool disconnect = false;
+  bool disable = false;
   Outcome outcome;
   std::uint64_t generation = 0;
   std::uint64_t since_ns = 0;
   EventLoop::Timer limit;
   bool alarmed = false;
+};
+
+/// Why a NIC has no link until an operator enables it (parking.cpp).
+struct Disabled {
+  bool by_tandem = false;  ///< parked: its packets kept killing backends
+  std::string reason;
+  std::int64_t since_ms = 0;  ///< since 1970, UTC
 };
 
 struct Nic {
@@ -35,12 +45,18 @@ struct Nic {
   std::uint32_t first_queue_pair = 0;
   std::optional<Uplink> uplink;
   EventLoop::Source uplink_watch;
-  std::string uplink_problem;  ///< empty while it works
+  EventLoop::Timer carrier_limit;  ///< runs until the uplink is connected
+  std::string uplink_problem;      ///< empty while it works
   std::optional<VhostUserDevice> device;
   bool connected = false;
   std::uint64_t connection = 0;
   std::optional<PendingRequest> pending;
+  std::string start_failure;  ///< why its domain's start must be refused; empty: no reason yet
   bool releasing = false;
+  std::optional<Disabled> disabled;
+  std::vector<ControlServer::Answer> when_disabled;
+  std::uint64_t kills_seen = 0;     ///< sum of QueuePairState::kills when it was last looked at
+  std::deque<std::uint64_t> kills;  ///< CLOCK_MONOTONIC ns when more were found; the last ones
   std::vector<std::function<void()>> when_released;
 };
 

@@ -3,6 +3,7 @@
 #include "recovery/supervisor/pair.hpp"
 
 #include <spdlog/spdlog.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
@@ -13,6 +14,8 @@
 #include <ctime>
 #include <fstream>
 
+#include "recovery/supervisor/member_message.hpp"
+
 namespace tandem {
 
 namespace {
@@ -21,21 +24,22 @@ using namespace std::chrono_literals;
 
 // A member that lived shorter than this before it owned anything counts as an early death.
 constexpr std::uint64_t kEarlyNs = 2'000'000'000;
+constexpr unsigned kAlarmingDeaths = 3;
 constexpr auto kStartLimit = 30s;
 constexpr auto kDetachLimit = 1s;
+// An heir reports sooner, whatever comes of it (handover.cpp): one that does not is hung.
+constexpr auto kHandoverLimit = 1s;
+// How often standbys are looked at, and how long one may not have looked for its owner itself (it does every 100 ms):
+// longer if it waits for a CPU.
+constexpr auto kHeirLook = 250ms;
+constexpr std::uint64_t kHeirLimitNs = 1'000'000'000;
+constexpr std::uint64_t kStarvedHeirLimitNs = 5'000'000'000;
 constexpr auto kLongestBackOff = 5s;
 
 std::uint64_t now_ns() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC, &now);
   return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
-
-template <class Body>
-bool read_body(const ChannelMessage& message, Body& body) {
-  if (message.bytes.size() != sizeof(ControlHeader) + sizeof body) return false;
-  std::memcpy(&body, message.bytes.data() + sizeof(ControlHeader), sizeof body);
-  return true;
 }
 
 // struct sched_attr (sched_setattr(2)); glibc 2.36 has neither it nor the call.
@@ -73,6 +77,15 @@ char thread_state(pid_t pid, pid_t tid) {
   std::getline(file, line);
   const std::size_t name_end = line.rfind(')');
   return name_end == std::string::npos || name_end + 2 >= line.size() ? 'X' : line[name_end + 2];
+}
+
+// Runnable threads are starved, not hung; one in D is on its way through the kernel.
+bool stands_still(const Member& member) {
+  const auto moves = [&member](pid_t tid) {
+    const char state = thread_state(member.pid(), tid);
+    return state == 'R' || state == 'D';
+  };
+  return !moves(member.pid()) && std::none_of(member.threads.begin(), member.threads.end(), moves);
 }
 
 }  // namespace
@@ -123,7 +136,7 @@ Result<std::unique_ptr<Pair>> Pair::adopt(std::string name, std::vector<UniqueFd
                                           Listener& listener) {
   const std::string doing = "adopt pair " + name;
   std::unique_ptr<Pair> pair{new Pair(std::move(name), config, std::move(backend_path), loop, fence, tags, listener)};
-  if (fds.size() != 1 + config.shards)
+  if (fds.size() != 1 + 2 * config.shards)
     return fail(ErrorKind::kInvalid, doing + ": it has another number of shards than the configuration says");
   auto mapping = Mapping::map(fds[0].get(), sizeof(Segment), PROT_READ | PROT_WRITE, 0, "pair segment");
   if (!mapping) return within(doing, std::move(mapping.error()));
@@ -135,6 +148,7 @@ Result<std::unique_ptr<Pair>> Pair::adopt(std::string name, std::vector<UniqueFd
   pair->segment_fd_ = std::move(fds[0]);
   for (std::uint32_t i = 0; i < config.shards; ++i) {
     pair->timers_.push_back(std::move(fds[1 + i]));
+    pair->bells_.push_back(std::move(fds[1 + config.shards + i]));
     // The owner's tag stays named until an heir takes over, even if the owner is gone.
     tags.adopt(owner_tag(pair->segment_->shards[i].owner.load(std::memory_order_acquire)));
   }
@@ -144,6 +158,7 @@ Result<std::unique_ptr<Pair>> Pair::adopt(std::string name, std::vector<UniqueFd
 std::vector<int> Pair::keep_fds() const {
   std::vector<int> fds{segment_fd_.get()};
   for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
+  for (const UniqueFd& bell : bells_) fds.push_back(bell.get());
   return fds;
 }
 
@@ -162,11 +177,11 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
   if (!watch(member)) return end(member, "cannot watch it");
   if (member.tags.size() != config_.shards || member.threads.size() != config_.shards)
     return end(member, "it was still starting when its supervisor died");
-  for (std::uint32_t i = 0; i < config_.shards; ++i)
-    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) ++member.shards_owned;
-  const bool owns = member.shards_owned == config_.shards && !fence_.dead(member.tags[0]);
+  if (fence_.dead(member.tags[0])) return;
+  // In the middle of a handover each may own some of the shards: then the heir's report decides.
+  const bool owns = shards_owned(member) > 0 && owner() == nullptr;
   member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
-  if (fence_.dead(member.tags[0])) member.stage = Member::Stage::kDead;
+  member.heir_since_ns = now_ns();
   if (owns) owner_pid_ = pid;
 }
 
@@ -188,12 +203,20 @@ void Pair::resume() {
   else
     state_ = armed ? PairState::kTakingOver : PairState::kStarting;
   spdlog::info("pair {}: adopted, {}", name_, pair_state_name(state_));
-  // Our predecessor may have died before it armed them.
+  // Our predecessor may have died before it armed them, or after it told them of a device that it kept nowhere.
+  for (Member& member : members_) {
+    for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
+      if (member.stage == Member::Stage::kDead || devices_.contains(device)) continue;
+      if (auto sent = member.send(ControlType::kDetach, DeviceBody{device, 0, 0}); !sent)
+        end(member, sent.error().text);
+    }
+  }
   for (Member& member : members_) {
     for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
       if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
   }
   if (!armed) spawn_soon();
+  look_at_heirs();
   listener_.on_state(*this);
 }
 
@@ -217,7 +240,8 @@ Status Pair::make_segment() {
   segment_->size = sizeof(Segment);
   for (std::uint32_t i = 0; i < config_.shards; ++i) {
     timers_.emplace_back(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
-    if (!timers_.back()) return fail_errno("make the watchdog's timer");
+    bells_.emplace_back(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (!timers_.back() || !bells_.back()) return fail_errno("make the watchdog's timer and the handover's bell");
   }
   return {};
 }
@@ -237,6 +261,26 @@ const Member* Pair::heir() const {
 
 Member* Pair::owner_member() { return const_cast<Member*>(owner()); }
 
+Member* Pair::armed_member() {
+  const auto found = std::find_if(members_.begin(), members_.end(),
+                                  [](const Member& member) { return member.stage == Member::Stage::kArmed; });
+  return found == members_.end() ? nullptr : &*found;
+}
+
+Member* Pair::peer_of(const Member& member) {
+  const auto found = std::find_if(members_.begin(), members_.end(), [&member](const Member& other) {
+    return &other != &member && (other.stage == Member::Stage::kOwner || other.stage == Member::Stage::kArmed);
+  });
+  return found == members_.end() ? nullptr : &*found;
+}
+
+std::uint32_t Pair::shards_owned(const Member& member) const {
+  std::uint32_t owned = 0;
+  for (std::uint32_t i = 0; i < config_.shards && i < member.tags.size(); ++i)
+    owned += owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i];
+  return owned;
+}
+
 Member* Pair::find(pid_t pid) {
   for (Member& member : members_)
     if (member.pid() == pid) return &member;
@@ -244,6 +288,7 @@ Member* Pair::find(pid_t pid) {
 }
 
 void Pair::step(PairEvent event) {
+  const bool was_handing_over = state_ == PairState::kHandingOver;
   const PairStep taken = pair_step(state_, event);
   spdlog::debug("pair {}: {} in state {} -> {}", name_, pair_event_name(event), pair_state_name(state_),
                 pair_state_name(taken.next));
@@ -255,8 +300,12 @@ void Pair::step(PairEvent event) {
     case PairAction::kSpawn:
       spawn_soon();
       break;
+    case PairAction::kHandOver:
+      hand_over();
+      break;
     case PairAction::kKillAll:
       respawn_.reset();
+      heir_look_.reset();
       // Their deaths are no events for a pair that may be started again before they are reaped.
       for (Member& member : members_) {
         member.kill();
@@ -269,12 +318,23 @@ void Pair::step(PairEvent event) {
                     pair_event_name(event), pair_state_name(state_));
       break;
   }
+  if (was_handing_over && state_ != PairState::kHandingOver) {
+    handover_limit_.reset();
+    if (event == PairEvent::kNotHandedOver)
+      listener_.on_not_handed_over(*this, refusal_);
+    else if (event != PairEvent::kHandedOver)
+      listener_.on_not_handed_over(
+          *this, event == PairEvent::kStop ? "the pair is stopped" : "a backend died meanwhile; see the incidents");
+  }
   listener_.on_state(*this);
 }
 
 void Pair::stop() { step(PairEvent::kStop); }
 
 void Pair::spawn_soon() {
+  // One heir per shard: never two members on their way.
+  for (const Member& member : members_)
+    if (member.stage == Member::Stage::kStarting || member.stage == Member::Stage::kReady) return;
   std::chrono::nanoseconds delay = 0ns;
   if (early_deaths_ > 0) {
     delay = std::min<std::chrono::nanoseconds>(100ms * (1u << std::min(early_deaths_ - 1, 10u)), kLongestBackOff);
@@ -337,6 +397,7 @@ Status Pair::welcome(Member& member) {
     fds.push_back(rings.back().get());
   }
   for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
+  for (const UniqueFd& bell : bells_) fds.push_back(bell.get());
   return member.send(ControlType::kWelcome, WelcomeBody{config_.shards, config_.polling}, fds);
 }
 
@@ -358,42 +419,46 @@ void Pair::on_channel(pid_t pid) {
 }
 
 void Pair::on_message(Member& member, const ChannelMessage& message) {
-  // A backend is hostile until checked: sizes, device numbers and stages.
-  ControlHeader header;
-  if (message.bytes.size() < sizeof header) return end(member, "it sent a message without a header");
-  std::memcpy(&header, message.bytes.data(), sizeof header);
-  if (header.magic != kControlMagic || header.version != kControlVersion)
-    return end(member, "it speaks control version " + std::to_string(header.version) + ", we speak " +
-                           std::to_string(kControlVersion));
-  DeviceBody device;
-  TakeoverBody takeover;
-  ReadyBody ready;
-  ProblemBody problem;
-  if (header.type == ControlType::kReady && read_body(message, ready)) {
-    on_ready(member, ready);
-  } else if (header.type == ControlType::kHeld && read_body(message, device)) {
-    member.held[device.device] = device.generation;
-  } else if (header.type == ControlType::kInForce && read_body(message, device)) {
-    member.held[device.device] = device.generation;
-    prune_generations(device.device);
-    if (devices_.contains(device.device)) listener_.on_in_force(*this, device.device);
-  } else if (header.type == ControlType::kDetached && read_body(message, device)) {
-    note_detached(device.device, member.pid());
-  } else if (header.type == ControlType::kTookOver && read_body(message, takeover) && takeover.shard < config_.shards) {
-    on_took_over(member, takeover);
-  } else if (header.type == ControlType::kFirstTransaction && read_body(message, takeover)) {
-    listener_.on_first_transaction(*this, takeover.shard, takeover.timeline);
-  } else if (header.type == ControlType::kProblem && read_body(message, problem)) {
-    problem.text[sizeof problem.text - 1] = '\0';
-    spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(), problem.device, problem.text);
-  } else {
-    end(member, "it sent a malformed or unknown message (type " + std::to_string(static_cast<int>(header.type)) + ")");
+  const auto parsed = parse_member_message(message.bytes, config_.shards);
+  if (!parsed) return end(member, parsed.error().text);
+  const auto* device = std::get_if<DeviceBody>(&parsed->body);
+  const auto* takeover = std::get_if<TakeoverBody>(&parsed->body);
+  switch (parsed->type) {
+    case ControlType::kReady:
+      return on_ready(member, std::get<ReadyBody>(parsed->body));
+    case ControlType::kHeld:
+      member.held[device->device] = device->generation;
+      return;
+    case ControlType::kInForce:
+      member.held[device->device] = device->generation;
+      prune_generations(device->device);
+      if (devices_.contains(device->device)) listener_.on_in_force(*this, device->device);
+      return;
+    case ControlType::kDetached:
+      return note_detached(device->device, member.pid());
+    case ControlType::kTookOver:
+      return on_took_over(member, *takeover);
+    case ControlType::kFirstTransaction:
+      return listener_.on_first_transaction(*this, takeover->shard, takeover->timeline);
+    case ControlType::kPoison: {
+      const auto& poison = std::get<PoisonMessage>(parsed->body);
+      return listener_.on_poison(*this, poison.fixed, poison.bytes);
+    }
+    case ControlType::kNotHandedOver:
+      return on_not_handed_over(std::get<RefusalBody>(parsed->body).text);
+    case ControlType::kCannotAttach: {
+      const auto& problem = std::get<ProblemBody>(parsed->body);
+      if (devices_.contains(problem.device)) listener_.on_cannot_attach(*this, problem.device, problem.text);
+      return;
+    }
+    default:
+      spdlog::warn("pair {}: backend {}, device {}: {}", name_, member.pid(),
+                   std::get<ProblemBody>(parsed->body).device, std::get<ProblemBody>(parsed->body).text);
   }
 }
 
 void Pair::on_ready(Member& member, const ReadyBody& ready) {
-  if (member.stage != Member::Stage::kStarting || ready.shard_count != config_.shards)
-    return end(member, "it reported ready out of turn");
+  if (member.stage != Member::Stage::kStarting) return end(member, "it reported ready out of turn");
   for (std::uint32_t i = 0; i < config_.shards; ++i) member.threads.push_back(static_cast<pid_t>(ready.thread_ids[i]));
   member.stage = Member::Stage::kReady;
   member.start_limit.reset();
@@ -420,32 +485,75 @@ void Pair::arm(Member& member) {
     if (tag == 0) return end(member, "every fence slot is taken; use fewer pairs and shards");
     member.tags.push_back(tag);
     tag_pids_[tag] = member.pid();
-    if (auto set = set_poll_priority(member.threads[i], config_.nice); !set) spdlog::warn("{}", set.error().text);
   }
   // The vault knows the tags before anyone can own under them.
   listener_.on_member_change(*this, member);
   for (std::uint32_t i = 0; i < config_.shards; ++i)
     if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
+  member.heir_since_ns = now_ns();
+  look_at_heirs();
 }
 
-// Watch first, confirmed; then the owner's death is to wake this member; then it may own. Doing it again changes
-// nothing.
+// Owners are watched by their heirs; who watches these is here.
+void Pair::look_at_heirs() {
+  heir_look_ = loop_.after(kHeirLook, [this] { look_at_heirs(); });
+  for (Member& member : members_) {
+    for (std::uint32_t i = 0; i < config_.shards && member.stage == Member::Stage::kArmed; ++i) look_at_heir(member, i);
+  }
+}
+
+void Pair::look_at_heir(Member& member, std::uint32_t shard) {
+  const ShardState& state = segment_->shards[shard];
+  if (owner_tag(state.owner.load(std::memory_order_acquire)) == member.tags[shard]) return;
+  const std::uint64_t now = now_ns();
+  const std::uint64_t last = std::max(state.heir_beat_ns.load(std::memory_order_relaxed), member.heir_since_ns);
+  if (now < last + kHeirLimitNs) return;
+  if (member.ended_as_hung_ns != 0) {
+    if (now > member.ended_as_hung_ns + kHeirLimitNs)
+      spdlog::critical("pair {}: standby {} is hung and does not die of SIGKILL: the pair has no standby until it does",
+                       name_, member.pid());
+    member.ended_as_hung_ns = now;
+    return;
+  }
+  const char thread = thread_state(member.pid(), member.threads[shard]);
+  if (thread == 'R' && now < last + kStarvedHeirLimitNs) return;
+  member.ended_as_hung_ns = now;
+  end(member, "it is standby and has not looked for its owner for " + std::to_string((now - last) / 1'000'000'000) +
+                  " s (state " + std::string(1, thread) + ")");
+}
+
+// Watch first, confirmed; then each one's death is to wake the other; then it may own. Its peer is told too: after a
+// handover the two have changed places, and nobody has to be told anything. Doing it again changes nothing.
 Status Pair::arm_shard(Member& member, std::uint32_t shard) {
   const pid_t thread = member.threads[shard];
   const std::uint32_t tag = member.tags[shard];
-  if (!fence_.set_ring(thread, tag, TANDEM_FENCE_NO_RING)) {
-    if (auto watched = fence_.watch(thread, tag, TANDEM_FENCE_NO_RING, member.pid()); !watched) return watched;
+  Member* peer = peer_of(member);
+  const std::uint32_t ring = peer == nullptr ? TANDEM_FENCE_NO_RING : peer->rings[shard];
+  if (!fence_.set_ring(thread, tag, ring)) {
+    if (auto watched = fence_.watch(thread, tag, ring, member.pid()); !watched) return watched;
   }
-  ArmBody body{shard, tag, 0, 0};
-  std::vector<int> fds;
-  if (const Member* owner = owner_member(); owner != nullptr) {
-    auto set = fence_.set_ring(owner->threads[shard], owner->tags[shard], member.rings[shard]);
-    // kGone: the owner is dead; the member will see its slot before it first sleeps.
+  // Not before: the watch has found out that the thread is the member's own, which the member may have lied about.
+  if (auto set = set_poll_priority(thread, config_.nice); !set) spdlog::warn("{}", set.error().text);
+  if (peer != nullptr) {
+    auto set = fence_.set_ring(peer->threads[shard], peer->tags[shard], member.rings[shard]);
+    // kGone: the peer is dead; the member will see its slot before it first sleeps.
     if (!set && set.error().kind != ErrorKind::kGone) return set;
-    body.owner_pid = static_cast<std::uint32_t>(owner->pid());
-    body.owner_tid = static_cast<std::uint32_t>(owner->threads[shard]);
-    fds.push_back(owner->pidfd());
+    if (auto told = tell_peer(*peer, &member, shard); !told) spdlog::warn("{}", told.error().text);
+  }
+  return tell_peer(member, peer, shard);
+}
+
+Status Pair::tell_peer(Member& member, const Member* peer, std::uint32_t shard) {
+  ArmBody body;
+  body.shard = shard;
+  body.tag = member.tags[shard];
+  std::vector<int> fds;
+  if (peer != nullptr) {
+    body.peer_tag = peer->tags[shard];
+    body.peer_pid = static_cast<std::uint32_t>(peer->pid());
+    body.peer_tid = static_cast<std::uint32_t>(peer->threads[shard]);
+    fds.push_back(peer->pidfd());
   }
   return member.send(ControlType::kArm, body, fds);
 }
@@ -454,30 +562,62 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
   // A supervisor that adopted this pair may have seen from the segment what the report says only now.
   const bool known = member.stage == Member::Stage::kOwner;
   if (member.stage != Member::Stage::kArmed && !known) return end(member, "it reported a takeover out of turn");
+  // The word may have moved on since: the member let go again, or died and its heir was faster than its report.
   const std::uint64_t word = segment_->shards[body.shard].owner.load(std::memory_order_acquire);
-  if (owner_tag(word) != member.tags[body.shard])
+  if (body.timeline.tag != member.tags[body.shard] || owner_epoch(word) < body.timeline.epoch ||
+      (owner_epoch(word) == body.timeline.epoch && owner_tag(word) != member.tags[body.shard] && owner_tag(word) != 0))
     return end(member, "it claims shard " + std::to_string(body.shard) + ", which the segment says another owns");
   const auto previous = static_cast<std::uint32_t>(body.timeline.previous_tag);
   const auto victim = tag_pids_.find(previous);
   if (previous != 0)
     listener_.on_takeover(*this, body.shard, body.timeline, victim == tag_pids_.end() ? 0 : victim->second,
                           member.pid());
-  if (victim != tag_pids_.end()) {
+  if (victim != tag_pids_.end() && fence_.dead(previous)) {
     tags_.retire(previous);
     tag_pids_.erase(victim);
   }
-  if (known || ++member.shards_owned < config_.shards) return;
+  if (known || shards_owned(member) < config_.shards) return;
   forget_dead_tags();
   early_deaths_ = 0;
-  for (Member& other : members_)
-    if (other.stage == Member::Stage::kOwner) other.stage = Member::Stage::kDead;
+  for (Member& other : members_) {
+    if (other.stage != Member::Stage::kOwner) continue;
+    other.stage = fence_.dead(other.tags[0]) ? Member::Stage::kDead : Member::Stage::kArmed;
+    other.heir_since_ns = now_ns();
+  }
   member.stage = Member::Stage::kOwner;
   owner_pid_ = member.pid();
   spdlog::info("pair {}: backend {} owns since epoch {}", name_, member.pid(), body.timeline.epoch);
-  step(PairEvent::kTookOver);
+  step(armed_member() != nullptr ? PairEvent::kHandedOver : PairEvent::kTookOver);
+}
+
+Status Pair::switchover() {
+  if (state_ != PairState::kPaired)
+    return fail(ErrorKind::kInvalid, "switch over pair " + name_ + ": it is " + std::string(pair_state_name(state_)) +
+                                         "; a switchover needs an armed standby, try again when it is paired");
+  step(PairEvent::kSwitchover);
+  return {};
+}
+
+void Pair::hand_over() {
+  Member* heir = armed_member();
+  if (heir == nullptr) return on_not_handed_over("there is no armed standby");
+  handover_limit_ =
+      loop_.after(kHandoverLimit, [this] { on_not_handed_over("the standby did not report within 1 s"); });
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    // One that an earlier attempt has moved already stays where it is.
+    if (owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == heir->tags[i]) continue;
+    if (auto sent = heir->send(ControlType::kHandOver, ShardBody{i, 0}); !sent) return end(*heir, sent.error().text);
+  }
+}
+
+void Pair::on_not_handed_over(const std::string& why) {
+  spdlog::warn("pair {}: switchover: {}", name_, why);
+  refusal_ = why;
+  step(PairEvent::kNotHandedOver);
 }
 
 void Pair::on_exit(pid_t pid) {
+  on_channel(pid);  // what it said before it died: a takeover, say
   const auto found = std::find_if(members_.begin(), members_.end(), [pid](const Member& m) { return m.pid() == pid; });
   if (found == members_.end()) return;
   const bool was_former = found->stage == Member::Stage::kDead;
@@ -490,7 +630,13 @@ void Pair::on_exit(pid_t pid) {
     spdlog::warn("pair {}: backend {} died of signal {} ({})", name_, pid, status.signal, ::strsignal(status.signal));
   else
     spdlog::warn("pair {}: backend {} left with exit status {}", name_, pid, status.status);
-  if (early && state_ != PairState::kStopped) ++early_deaths_;
+  if (!early)
+    early_deaths_ = 0;
+  else if (state_ != PairState::kStopped && ++early_deaths_ == kAlarmingDeaths)
+    spdlog::critical(
+        "pair {}: {} backends in a row died right after their start: it has no standby until one lives; what they "
+        "said is above",
+        name_, early_deaths_);
   forget_watches(*found, was_owner);
   members_.erase(found);
   std::vector<std::uint32_t> waiting;
@@ -667,18 +813,21 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
 }
 
 bool Pair::kill_if_hung(const std::string& why) {
-  // Without an owner it is for its heir to take over and let go.
-  const auto armed = std::find_if(members_.begin(), members_.end(),
-                                  [](const Member& member) { return member.stage == Member::Stage::kArmed; });
-  const Member* member = owner() != nullptr ? owner() : armed != members_.end() ? &*armed : nullptr;
-  if (member == nullptr) return false;
-  // Runnable threads are starved, not hung; one in D is on its way through the kernel.
-  for (const pid_t tid : member->threads)
-    if (const char state = thread_state(member->pid(), tid); state == 'R' || state == 'D') return false;
-  if (const char state = thread_state(member->pid(), member->pid()); state == 'R' || state == 'D') return false;
-  spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, member->pid(), why);
-  member->kill();
-  return true;
+  for (std::uint32_t i = 0; i < config_.shards; ++i) {
+    // Who owns is what the segment says: after a handover its report may still be on its way.
+    const std::uint32_t tag = owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire));
+    const auto pid = tag_pids_.find(tag);
+    const Member* member = pid == tag_pids_.end() ? nullptr : find(pid->second);
+    // A dead owner's heir is to take over and let go. One that let go alive is waited for: it takes back what nobody
+    // takes.
+    if (tag == 0 && owner() != nullptr) continue;
+    if (member == nullptr || member->stage == Member::Stage::kDead || fence_.dead(tag)) member = armed_member();
+    if (member == nullptr || !stands_still(*member)) continue;
+    spdlog::error("pair {}: backend {} is hung ({}): killing it, its heir takes over", name_, member->pid(), why);
+    member->kill();
+    return true;
+  }
+  return false;
 }
 
 void Pair::set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked) {

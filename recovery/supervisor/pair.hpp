@@ -7,11 +7,13 @@
 
 #include <systemd/sd-event.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -33,6 +35,8 @@ class TagSource {
   std::uint32_t next();
   /// A tag that a dead supervisor gave out and that may still be named.
   void adopt(std::uint32_t tag);
+  /// From here on only higher tags: a dead supervisor gave out these, and some are marked dead.
+  void begin_after(std::uint32_t tag) { last_ = std::max(last_, tag); }
   void retire(std::uint32_t tag);
 
  private:
@@ -54,9 +58,17 @@ class Pair {
     virtual ~Listener() = default;
     virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
+    /// A member that serves already cannot map what a new device needs, and goes on without it.
+    virtual void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) = 0;
+    /// A shard changed hands, by a death or (timeline.kind) by a handover, in which the victim lives on.
     virtual void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                              pid_t heir) = 0;
+    /// A switchover came to nothing; the owner goes on, unless something worse was reported before.
+    virtual void on_not_handed_over(Pair& pair, const std::string& why) = 0;
     virtual void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) = 0;
+    /// An owner dropped a packet because owners had died on it. The queue pair is one of the segment; `bytes` is what
+    /// is known of the packet.
+    virtual void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) = 0;
     /// A member appeared, or learned its threads and tags: what the vault keeps of it has changed.
     virtual void on_member_change(Pair& pair, Member& member) = 0;
     virtual void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) = 0;
@@ -66,7 +78,7 @@ class Pair {
   static Result<std::unique_ptr<Pair>> make(std::string name, const Config& config, std::string backend_path,
                                             EventLoop& loop, Fence& fence, TagSource& tags, Listener& listener);
   /// A pair that a dead supervisor made, still without members and devices. `fds`: the segment, then the shards'
-  /// timers, as keep_fds() gave them to the vault.
+  /// timers and bells, as keep_fds() gave them to the vault.
   static Result<std::unique_ptr<Pair>> adopt(std::string name, std::vector<UniqueFd> fds, const Config& config,
                                              std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
                                              Listener& listener);
@@ -118,6 +130,8 @@ class Pair {
   /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
   Status drill(DrillFault fault);
+  /// Makes owner and heir change places without a death. Ends in on_takeover() for each shard, or on_not_handed_over().
+  Status switchover();
   /// How long an owner may stand still before its heir ends it; 0: not watched.
   void set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanoseconds blocked);
 
@@ -142,6 +156,8 @@ class Pair {
   bool watch(Member& member);
   void arm(Member& member);
   Status arm_shard(Member& member, std::uint32_t shard);
+  Status tell_peer(Member& member, const Member* peer, std::uint32_t shard);
+  void hand_over();
   Status welcome(Member& member);
   Status introduce(Member& member);
   void end(Member& member, const std::string& why);
@@ -152,12 +168,20 @@ class Pair {
   void on_message(Member& member, const ChannelMessage& message);
   void on_ready(Member& member, const ReadyBody& ready);
   void on_took_over(Member& member, const TakeoverBody& body);
+  void on_not_handed_over(const std::string& why);
+  void look_at_heirs();
+  void look_at_heir(Member& member, std::uint32_t shard);
   void forget_watches(Member& member, bool owned);
   void forget_dead_tags();
   void note_detached(std::uint32_t device, pid_t pid);
   void prune_generations(std::uint32_t device);
   Member* find(pid_t pid);
   Member* owner_member();
+  Member* armed_member();
+  // The other member that may own: heir of an owner, owner of an heir.
+  Member* peer_of(const Member& member);
+  // How many shards the segment says a member owns.
+  [[nodiscard]] std::uint32_t shards_owned(const Member& member) const;
 
   std::string name_;
   const Config& config_;
@@ -170,6 +194,7 @@ class Pair {
   UniqueFd segment_fd_;
   Mapping segment_mapping_;
   std::vector<UniqueFd> timers_;  // the shards' dead man's switches (vhost-net-backend/watchdog.hpp)
+  std::vector<UniqueFd> bells_;   // the shards' eventfds for handovers (vhost-net-backend/handover.cpp)
   Segment* segment_ = nullptr;
   bool hugepages_ = false;
   std::list<Member> members_;
@@ -179,6 +204,9 @@ class Pair {
   pid_t owner_pid_ = 0;        // process last known to own
   unsigned early_deaths_ = 0;  // in a row, for the back-off
   EventLoop::Timer respawn_;
+  EventLoop::Timer handover_limit_;
+  EventLoop::Timer heir_look_;
+  std::string refusal_;                                 // why the last handover came to nothing
   std::map<std::uint32_t, EventLoop::Timer> detached_;  // reports on their way, by device
 };
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -36,13 +37,17 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void on_message(RelayedMessage message) override;
   void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) override;
   void on_listening(const std::string& nic) override;
+  void on_announced() override;
   void on_error(const std::string& text) override;
 
   // Pair::Listener
   void on_in_force(Pair& pair, std::uint32_t device) override;
   void on_detached(Pair& pair, std::uint32_t device) override;
+  void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) override;
   void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,
                    pid_t heir) override;
+  void on_poison(Pair& pair, const PoisonBody& poison, std::span<const std::byte> bytes) override;
+  void on_not_handed_over(Pair& pair, const std::string& why) override;
   void on_first_transaction(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline) override;
   void on_member_change(Pair& pair, Member& member) override;
   void on_member_exit(Pair& pair, pid_t pid, ExitStatus status) override;
@@ -55,9 +60,12 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
     ControlServer::Answer answer;
     EventLoop::Timer limit;
   };
-  struct Drill {
+  // A drill or a switchover that waits for the incidents it leads to.
+  struct Awaited {
     std::string pair;
-    std::uint64_t incident = 0;
+    std::uint64_t after = 0;  ///< the newest incident before it
+    bool planned = false;     ///< a switchover
+    std::size_t incidents = 1;
     ControlServer::Answer answer;
     EventLoop::Timer limit;
   };
@@ -69,9 +77,10 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Status adopt(std::vector<VaultItem>& items);
   Status adopt_pairs(std::vector<VaultItem>& items);
   Status adopt_nic(VaultItem& item, std::vector<VaultItem>& items);
+  void sweep(const std::vector<VaultItem>& items);
   Status clean_up(std::vector<VaultItem>& items);
   void save_pair(const Pair& pair);
-  Status save_nic(const Nic& nic);
+  Status keep_nic(Nic& nic);
   void dispatch_vault();
   void find_new_vault();
 
@@ -81,20 +90,40 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void prepare_domain(const DomainOption& domain, const ControlServer::Answer& answer);
   void release_domain(const std::string& name, const ControlServer::Answer& answer);
   void drill(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void switchover(const nlohmann::json& request, const ControlServer::Answer& answer);
+  void await_incidents(Awaited awaited, const std::string& when_late);
   nlohmann::json status() const;
   nlohmann::json nic_status(const Nic& nic) const;
   nlohmann::json incident_list() const;
   void check_provisioning();
-  void check_drills();
+  void refuse_start(const Provisioning* provisioning, const std::string& why);
+  void check_awaited();
+
+  // parking.cpp: what killed backends, and NICs that are disabled for it
+  Nic* find_nic_of_queue_pair(const Pair& pair, std::uint32_t queue_pair);
+  void blame(const Pair& pair, Incident& incident);
+  static std::uint64_t kills_of(const Nic& nic);
+  void count_kills(const Pair& pair);
+  void park(const std::string& mac, const std::string& reason);
+  void disable(Nic& nic, Disabled how, ControlServer::Answer done);
+  void begin_disable(Nic& nic);
+  void finish_disable(Nic& nic);
+  Status enable(Nic& nic);
+  void on_nic_request(const nlohmann::json& request, const ControlServer::Answer& answer);
+  static nlohmann::json disabled_status(const Nic& nic);
 
   // NICs
   Status provision(const DomainOption& domain, const NicOption& option);
   Status try_provision(const DomainOption& domain, const NicOption& option);
   Result<Pair*> pair_for(const std::string& name);
   Result<std::string> find_backend() const;
+  [[nodiscard]] static std::string socket_name(const std::string& mac);
+  [[nodiscard]] std::string nic_socket_path(const std::string& mac) const;
   Result<UniqueFd> open_nic_socket(const std::string& mac) const;
   UplinkConfig uplink_config(const NicOption& option) const;
   void watch_uplink(Nic& nic);
+  void connect_uplink(Nic& nic, bool late);
+  void check_uplink(Nic& nic);
   void set_hang_limits(Pair& pair);
   void release(const std::string& mac, std::function<void()> done);
   void finish_release(std::string mac);
@@ -103,6 +132,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   Nic* find_nic(const Pair& pair, std::uint32_t device);
 
   // vhost-user requests
+  [[nodiscard]] static std::string device_key(const std::string& mac, std::uint32_t item);
   void save(Nic& nic);
   void describe(Nic& nic);
   void wait_for_owners(Nic& nic);
@@ -124,9 +154,10 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::optional<IncidentLog> incidents_;
   TagSource tags_;
   std::map<std::string, std::unique_ptr<Pair>> pairs_;
-  std::map<std::string, Nic> nics_;  // by MAC
+  std::map<std::string, Nic> nics_;      // by MAC
+  std::set<std::string> not_listening_;  // adopted NICs of whose socket the vault has not spoken yet
   std::list<Provisioning> provisioning_;
-  std::list<Drill> drills_;
+  std::list<Awaited> awaited_;
   std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
   std::map<pid_t, ExitStatus> exits_;                          // of members whose takeover report may still come
   std::map<std::string, EventLoop::Timer> soon_;

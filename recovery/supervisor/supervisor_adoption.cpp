@@ -18,6 +18,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "recovery/supervisor/probe.hpp"
 #include "recovery/supervisor/supervisor.hpp"
 
 namespace tandem {
@@ -63,9 +64,11 @@ void Supervisor::on_member_change(Pair& pair, Member& member) {
   if (auto put = vault_->put("member/" + pair.name() + "/" + std::to_string(member.pid()), as_blob(record.dump()), fds);
       !put)
     spdlog::error("pair {}: keep backend {} in the vault: {}", pair.name(), member.pid(), put.error().text);
+  TANDEM_SUPERVISOR_PROBE(kMemberKept);
 }
 
-Status Supervisor::save_nic(const Nic& nic) {
+// After the device's state: a NIC whose record is there is there as a whole.
+Status Supervisor::keep_nic(Nic& nic) {
   const UplinkRecord uplink = nic.uplink->record();
   const json record{{"mac", nic.option.mac},
                     {"pair", nic.option.pair},
@@ -86,7 +89,8 @@ Status Supervisor::save_nic(const Nic& nic) {
                     {"was_down", uplink.was_down},
                     {"channels_changed", uplink.channels_changed},
                     {"channels_before", channels_to_json(uplink.channels_before)},
-                    {"features_before", uplink.features_before}};
+                    {"features_before", uplink.features_before},
+                    {"disabled", disabled_status(nic)}};
   const std::vector<XskDescription> ports = nic.uplink->descriptions();
   std::vector<int> fds = nic.uplink->descriptors();
   for (const int fd : nic.uplink->keep_fds()) fds.push_back(fd);
@@ -98,8 +102,10 @@ Status Supervisor::save_nic(const Nic& nic) {
 Status Supervisor::take_over_from_predecessor() {
   auto items = vault_->fetch_all();
   if (!items) return within("read the vault", std::move(items.error()));
+  TANDEM_SUPERVISOR_PROBE(kItemsFetched);
   if (!items->empty()) {
     const Status adopted = adopt(*items);
+    TANDEM_SUPERVISOR_PROBE(kAdopted);
     if (adopted) return {};
     spdlog::error(
         "adopt what an earlier tandemd left: {}; removing it. Its guests' links stay down until they are started anew",
@@ -139,6 +145,7 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
   auto fence = Fence::adopt(config_.pin_dir);
   if (!fence) return tl::make_unexpected(std::move(fence.error()));
   fence_ = std::move(*fence);
+  tags_.begin_after(static_cast<std::uint32_t>(fence_->highest_tag()));
   try {
     if (auto adopted = adopt_pairs(items); !adopted) return adopted;
     for (VaultItem& item : items) {
@@ -154,15 +161,49 @@ Status Supervisor::adopt(std::vector<VaultItem>& items) {
     pair->resume();
   }
   for (auto& [mac, nic] : nics_) {
+    if (nic.disabled) {
+      begin_disable(nic);  // our predecessor may not have come to its end
+      watch_uplink(nic);
+      spdlog::warn("NIC {} of domain {}: adopted; it is disabled: {}", mac, nic.domain, nic.disabled->reason);
+      continue;
+    }
     save(nic);
     describe(nic);  // its generation is new: our predecessor may have died before it told everyone of the last one
     watch_uplink(nic);
+    not_listening_.insert(mac);
     spdlog::info("NIC {} of domain {}: adopted", mac, nic.domain);
   }
+  sweep(items);
   std::vector<std::string> unused;
   for (const auto& [name, pair] : pairs_) unused.push_back(name);
   for (const std::string& name : unused) stop_pair_if_unused(name);
   return {};
+}
+
+// What a predecessor had begun to make, or to remove, and did not finish: no NIC's record names it.
+void Supervisor::sweep(const std::vector<VaultItem>& items) {
+  for (const VaultItem& item : items) {
+    const std::string rest = after_slash(item.key);
+    const std::string mac = rest.substr(0, rest.find('/'));
+    if ((item.key.starts_with("ports/") || item.key.starts_with("device/")) && !nics_.contains(mac))
+      static_cast<void>(vault_->del(item.key));
+  }
+  std::set<std::string> sockets;
+  for (const auto& [mac, nic] : nics_) sockets.insert(socket_name(mac));
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(config_.nic_socket_dir(), ignored))
+    if (entry.is_socket(ignored) && !sockets.contains(entry.path().filename().string()))
+      std::filesystem::remove(entry.path(), ignored);
+  std::vector<std::string> in_use;
+  for (const auto& [mac, nic] : nics_) {
+    const UplinkRecord uplink = nic.uplink->record();
+    if (!uplink.netdev.empty()) in_use.push_back(uplink.netdev);
+    if (!uplink.port.empty()) in_use.push_back(uplink.port);
+  }
+  const auto removed = Uplink::remove_stale(config_.instance, config_.pin_dir + "/uplink", in_use);
+  if (!removed) spdlog::error("remove unfinished uplinks of a dead tandemd: {}", removed.error().text);
+  for (const std::string& what : removed ? *removed : std::vector<std::string>{})
+    spdlog::warn("removed {}, which a dead tandemd had not finished", what);
 }
 
 Status Supervisor::adopt_pairs(std::vector<VaultItem>& items) {
@@ -206,6 +247,9 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   nic.domain_uuid = record.at("uuid").get<std::string>();
   nic.device_index = record.at("device_index").get<std::uint32_t>();
   nic.first_queue_pair = record.at("first_queue_pair").get<std::uint32_t>();
+  if (const json disabled = record.value("disabled", json()); disabled.is_object())
+    nic.disabled = Disabled{disabled.at("by") == "tandem", disabled.at("reason").get<std::string>(),
+                            disabled.at("since_ms").get<std::int64_t>()};
   const std::string what = "NIC " + nic.option.mac;
   const auto pair = pairs_.find(nic.option.pair);
   VaultItem* ports = find_item(items, "ports/" + nic.option.mac);
@@ -240,6 +284,7 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   auto device = VhostUserDevice::restore(std::move(state));
   if (!device) return within(what, std::move(device.error()));
   nic.device.emplace(std::move(*device));
+  nic.kills_seen = kills_of(nic);
   nic.pair->adopt_device(nic.device_index, nic.first_queue_pair, std::move(descriptions), std::move(for_members));
   nics_.emplace(nic.option.mac, std::move(nic));
   return {};

@@ -49,7 +49,10 @@ void Supervisor::on_request(const nlohmann::json& request, const ControlServer::
   if (command == "incidents") return answer(incident_list());
   if (command == "hook") return on_hook(request, answer);
   if (command == "drill") return drill(request, answer);
-  answer(refusal("unknown command \"" + command + "\"; this tandemd knows status, incidents, hook and drill"));
+  if (command == "switchover") return switchover(request, answer);
+  if (command == "nic") return on_nic_request(request, answer);
+  answer(refusal("unknown command \"" + command +
+                 "\"; this tandemd knows status, incidents, hook, drill, switchover and nic"));
 }
 
 void Supervisor::on_hook(const nlohmann::json& request, const ControlServer::Answer& answer) {
@@ -97,32 +100,40 @@ void Supervisor::prepare_domain(const DomainOption& domain, const ControlServer:
   provisioning_.push_back(std::move(provisioning));
   Provisioning* stored = &provisioning_.back();
   stored->limit = loop_.after(kProvisionLimit, [this, stored] {
-    const ControlServer::Answer late = stored->answer;
-    const std::vector<std::string> macs = stored->macs;
-    provisioning_.remove_if([stored](const Provisioning& other) { return &other == stored; });
-    const auto left = std::make_shared<std::size_t>(macs.size());
-    for (const std::string& mac : macs)
-      release(mac, [left, late] {
-        if (--*left == 0)
-          late(refusal("its backends did not become ready within 20 s; tandemd's log says why they do not start"));
-      });
+    refuse_start(stored, "its backends did not become ready within 20 s; tandemd's log says why they do not start");
   });
   check_provisioning();
 }
 
+// Takes back what the domain has got, then says why.
+void Supervisor::refuse_start(const Provisioning* provisioning, const std::string& why) {
+  const ControlServer::Answer answer = provisioning->answer;
+  const std::vector<std::string> macs = provisioning->macs;
+  provisioning_.remove_if([provisioning](const Provisioning& other) { return &other == provisioning; });
+  const auto left = std::make_shared<std::size_t>(macs.size());
+  for (const std::string& mac : macs)
+    release(mac, [left, answer, why] {
+      if (--*left == 0) answer(refusal(why));
+    });
+}
+
 void Supervisor::check_provisioning() {
   for (auto entry = provisioning_.begin(); entry != provisioning_.end();) {
+    const auto current = entry++;
     bool ready = true;
-    for (const std::string& mac : entry->macs) {
+    std::string failure;
+    for (const std::string& mac : current->macs) {
       const auto nic = nics_.find(mac);
-      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired;
+      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired &&
+              nic->second.uplink->connected();
+      if (nic != nics_.end() && !nic->second.start_failure.empty()) failure = nic->second.start_failure;
     }
-    if (!ready) {
-      ++entry;
-      continue;
+    if (!failure.empty()) {
+      refuse_start(&*current, failure);
+    } else if (ready) {
+      current->answer({{"ok", true}});
+      provisioning_.erase(current);
     }
-    entry->answer({{"ok", true}});
-    entry = provisioning_.erase(entry);
   }
 }
 
@@ -139,36 +150,68 @@ void Supervisor::release_domain(const std::string& name, const ControlServer::An
 }
 
 void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answer& answer) {
-  static const std::map<std::string, DrillFault> kFaults{{"segv", DrillFault::kBadStore}, {"abort", DrillFault::kAbort},
-                                                         {"bus", DrillFault::kBusError},  {"spin", DrillFault::kSpin},
-                                                         {"block", DrillFault::kBlock},   {"exit", DrillFault::kExit}};
+  static const std::map<std::string, DrillFault> kFaults{
+      {"segv", DrillFault::kBadStore},    {"abort", DrillFault::kAbort}, {"bus", DrillFault::kBusError},
+      {"spin", DrillFault::kSpin},        {"block", DrillFault::kBlock}, {"exit", DrillFault::kExit},
+      {"livelock", DrillFault::kLivelock}};
   const auto pair = pairs_.find(text_of(request, "pair"));
   if (pair == pairs_.end())
     return answer(
         refusal("drill: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
   const auto fault = kFaults.find(text_of(request, "fault"));
-  if (fault == kFaults.end()) return answer(refusal("drill: the fault must be segv, abort, bus, spin, block or exit"));
+  if (fault == kFaults.end())
+    return answer(refusal("drill: the fault must be segv, abort, bus, spin, block, exit or livelock"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
-  drills_.push_back({pair->first, before, answer, {}});
-  Drill* stored = &drills_.back();
-  stored->limit = loop_.after(kDrillLimit, [this, stored] {
-    stored->answer(refusal("drill: the backend was told to fail, and no failover was recorded within 20 s"));
-    drills_.remove_if([stored](const Drill& other) { return &other == stored; });
+  await_incidents({pair->first, before, false, 1, answer, {}},
+                  "drill: the backend was told to fail, and no failover was recorded within 20 s");
+}
+
+void Supervisor::switchover(const nlohmann::json& request, const ControlServer::Answer& answer) {
+  const auto pair = pairs_.find(text_of(request, "pair"));
+  if (pair == pairs_.end())
+    return answer(
+        refusal("switch over: there is no pair \"" + text_of(request, "pair") + "\"; virt-tandem status lists them"));
+  const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
+  if (auto started = pair->second->switchover(); !started) return answer(refusal(started.error().text));
+  await_incidents({pair->first, before, true, config_.shards, answer, {}},
+                  "switch over: the standby was told to ask for the shards, and did not get all of them within 20 s");
+}
+
+void Supervisor::await_incidents(Awaited awaited, const std::string& when_late) {
+  awaited_.push_back(std::move(awaited));
+  Awaited* stored = &awaited_.back();
+  stored->limit = loop_.after(kDrillLimit, [this, stored, when_late] {
+    const ControlServer::Answer answer = stored->answer;
+    awaited_.remove_if([stored](const Awaited& other) { return &other == stored; });
+    answer(refusal(when_late));
   });
 }
 
-void Supervisor::check_drills() {
-  for (auto entry = drills_.begin(); entry != drills_.end();) {
-    const Incident* found = nullptr;
+void Supervisor::check_awaited() {
+  for (auto entry = awaited_.begin(); entry != awaited_.end();) {
+    nlohmann::json found = nlohmann::json::array();
     for (const Incident& incident : incidents_->recent())
-      if (incident.id > entry->incident && incident.pair == entry->pair && incident.closed) found = &incident;
-    if (found == nullptr) {
+      if (incident.id > entry->after && incident.pair == entry->pair && incident.planned() == entry->planned &&
+          incident.closed)
+        found.push_back(incident.to_json());
+    if (found.size() < entry->incidents) {
       ++entry;
       continue;
     }
-    entry->answer({{"ok", true}, {"incident", found->to_json()}});
-    entry = drills_.erase(entry);
+    entry->answer({{"ok", true}, {"incident", found.back()}, {"incidents", found}});
+    entry = awaited_.erase(entry);
+  }
+}
+
+void Supervisor::on_not_handed_over(Pair& pair, const std::string& why) {
+  for (auto entry = awaited_.begin(); entry != awaited_.end();) {
+    if (!entry->planned || entry->pair != pair.name()) {
+      ++entry;
+      continue;
+    }
+    entry->answer(refusal("switch over pair " + pair.name() + ": " + why));
+    entry = awaited_.erase(entry);
   }
 }
 
@@ -194,19 +237,22 @@ nlohmann::json Supervisor::status() const {
 
 nlohmann::json Supervisor::nic_status(const Nic& nic) const {
   struct Sum {
-    std::uint64_t packets = 0, bytes = 0, dropped = 0;
-    void add(const VringCursors& cursors) {
+    std::uint64_t packets = 0, bytes = 0, dropped = 0, poisoned = 0;
+    void add(const VringCursors& cursors, const Suspicion& suspicion) {
       packets += cursors.packets;
       bytes += cursors.bytes;
       dropped += cursors.dropped;
+      poisoned += suspicion.poisoned;
     }
-    [[nodiscard]] nlohmann::json json() const { return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}}; }
+    [[nodiscard]] nlohmann::json json() const {
+      return {{"packets", packets}, {"bytes", bytes}, {"dropped", dropped}, {"poisoned", poisoned}};
+    }
   } receive, transmit;
   std::string fault;
   for (std::uint32_t i = 0; i < nic.option.queues; ++i) {
     const QueuePairState& state = nic.pair->segment().queue_pairs[nic.first_queue_pair + i];
-    receive.add(state.receive);
-    transmit.add(state.transmit);
+    receive.add(state.receive, state.receive_suspicion);
+    transmit.add(state.transmit, state.transmit_suspicion);
     for (const VringCursors* cursors : {&state.receive, &state.transmit})
       if (const QueueFault found = cursors->fault.load(std::memory_order_relaxed); found != QueueFault::kNone)
         fault = fault_name(found);
@@ -225,6 +271,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"uplink", {{kind, option.name}, {"device", nic.uplink->netdev()}}},
           {"uplink_problem", nic.uplink_problem},
           {"connected", nic.connected},
+          {"disabled", disabled_status(nic)},
           {"generation", nic.device->description().generation},
           {"queue_pairs", nic.option.queues},
           {"running_queues", running},

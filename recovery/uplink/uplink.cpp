@@ -58,6 +58,17 @@ Result<LinkState> existing(Rtnetlink& rtnetlink, const std::string& name) {
 }  // namespace
 
 Result<Uplink> Uplink::open(const UplinkConfig& config) {
+  auto uplink = begin(config);
+  for (bool late = false; uplink;) {
+    const auto done = uplink->connect(late);
+    if (!done) return tl::make_unexpected(done.error());
+    if (*done) break;
+    late = !uplink->monitor_.wait(kCarrierTimeoutMs);
+  }
+  return uplink;
+}
+
+Result<Uplink> Uplink::begin(const UplinkConfig& config) {
   const bool bridge = config.kind == UplinkKind::kBridge;
   const bool null = is_null(config.kind);
   const std::string doing = std::string{"open uplink "} + (bridge ? "bridge=" : null ? "null=" : "dev=") + config.name;
@@ -114,6 +125,8 @@ Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& rec
   uplink.channels_changed_ = record.channels_changed;
   uplink.channels_before_ = record.channels_before;
   uplink.features_before_ = record.features_before;
+  // Its maker may have died before the port carried.
+  uplink.connected_ = !bridge || uplink.port_.master == uplink.above_.ifindex;
   uplink.owned_.set();
   return uplink;
 }
@@ -142,29 +155,32 @@ Status Uplink::open_bridge() {
   if (step) step = add_veth();
   if (step) step = prepare_veth_ends();
   if (step) step = open_queues(false);
-  // Only now: the first frame that arrives finds its socket.
-  if (step) step = connect_port();
+  if (step) step = set_up_ends();
   return step;
 }
 
-/// A bridge enables a port at once only if the port carries when it is added, and the carrier of a veth comes from a
-/// kernel work item some time after both ends are up. Waiting for it first means that frames pass when this returns
-/// (spanning tree apart).
-Status Uplink::connect_port() {
+Status Uplink::set_up_ends() {
   for (const LinkState* end : {&ours_, &port_})
     if (auto up = rtnetlink_.change(end->ifindex, {true, {}, {}}); !up) return up;
-  for (bool carrying = false; !carrying;) {
-    monitor_.drain();
-    const auto port = rtnetlink_.find(port_.ifindex);
-    if (!port) return tl::make_unexpected(port.error());
-    if (!*port) return fail(ErrorKind::kGone, "netdev " + port_.name + " was removed while it was being set up");
-    carrying = (*port)->carrying;
-    if (!carrying && !monitor_.wait(kCarrierTimeoutMs)) {
-      notes_.push_back(port_.name + " has no carrier yet: the first frames may be lost");
-      break;
-    }
-  }
-  return rtnetlink_.change(port_.ifindex, {{}, above_.ifindex, {}});
+  return {};
+}
+
+/// The last step, so that the first frame that arrives finds its socket. A bridge enables a port at once only if the
+/// port carries when it is added, and the carrier of a veth comes from a kernel work item some time after both ends are
+/// up. Waiting for it first means that frames pass from then on (spanning tree apart).
+Result<bool> Uplink::connect(bool late) {
+  if (connected_) return true;
+  const std::string doing = "connect " + port_.name + " to bridge " + config_.name;
+  monitor_.drain();
+  const auto port = rtnetlink_.find(port_.ifindex);
+  if (!port) return within(doing, port.error());
+  if (!*port) return fail(ErrorKind::kGone, doing + ": it was removed while it was being set up");
+  if (!(*port)->carrying && !late) return false;
+  if (!(*port)->carrying) notes_.push_back(port_.name + " has no carrier yet: the first frames may be lost");
+  if (auto joined = rtnetlink_.change(port_.ifindex, {{}, above_.ifindex, {}}); !joined)
+    return within(doing, joined.error());
+  connected_ = true;
+  return true;
 }
 
 Status Uplink::add_veth() {
@@ -266,6 +282,7 @@ Status Uplink::open_dev() {
     was_down_ = true;
     step = rtnetlink_.change(ours_.ifindex, {true, {}, {}});
   }
+  connected_ = true;
   return step;
 }
 
@@ -283,6 +300,7 @@ Status Uplink::open_null() {
     if (!made) return tl::make_unexpected(std::move(made.error()));
     queues_.push_back(std::move(*made));
   }
+  connected_ = true;
   notes_.push_back("null=" + config_.name + " leads nowhere: it is for measurement only");
   return {};
 }
@@ -383,7 +401,7 @@ Status Uplink::check() {
   if (!ours) return tl::make_unexpected(ours.error());
   if (!*ours) return gone("netdev " + ours_.name + " was removed", "restore it if it is hardware, " + restart);
   if (!(*ours)->up) return gone("netdev " + ours_.name + " was set down", "ip link set " + ours_.name + " up");
-  if (config_.kind == UplinkKind::kDev) return {};
+  if (config_.kind == UplinkKind::kDev || !connected_) return {};
   const auto bridge = rtnetlink_.find(above_.ifindex);
   if (!bridge) return tl::make_unexpected(bridge.error());
   if (!*bridge) return gone("the bridge was removed", "create it again, " + restart);
@@ -423,13 +441,20 @@ Status Uplink::close() {
   return first;
 }
 
-Result<std::vector<std::string>> Uplink::remove_stale(const std::string& instance, const std::string& pin_dir) {
+Result<std::vector<std::string>> Uplink::remove_stale(const std::string& instance, const std::string& pin_dir,
+                                                      const std::vector<std::string>& in_use) {
   std::vector<std::string> removed;
+  std::vector<std::string> pins_in_use;
+  for (const std::string& netdev : in_use) pins_in_use.push_back(pin_name(netdev));
+  const auto contains = [](const std::vector<std::string>& names, const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
   namespace fs = std::filesystem;
   std::error_code error;
   std::vector<std::string> directories;
   for (const auto& entry : fs::directory_iterator{pin_dir, error})
-    if (entry.is_directory(error)) directories.push_back(entry.path().string());
+    if (entry.is_directory(error) && !contains(pins_in_use, entry.path().filename().string()))
+      directories.push_back(entry.path().string());
   for (const std::string& directory : directories) {
     if (auto done = remove_pin_directory(directory); !done) return tl::make_unexpected(std::move(done.error()));
     removed.push_back("pins " + directory);
@@ -441,7 +466,8 @@ Result<std::vector<std::string>> Uplink::remove_stale(const std::string& instanc
   for (const LinkState& link : *links) {
     // A pair whose maker died before it could name it has no alias yet and is still down.
     const bool nameless = link.alias.empty() && !link.up && is_veth_name(link.name);
-    if (link.kind != "veth" || !(is_alias_of(link.alias, instance) || nameless)) continue;
+    if (link.kind != "veth" || !(is_alias_of(link.alias, instance) || nameless) || contains(in_use, link.name))
+      continue;
     if (auto done = rtnetlink->remove(link.ifindex); !done) return tl::make_unexpected(std::move(done.error()));
     removed.push_back("netdev " + link.name);
   }

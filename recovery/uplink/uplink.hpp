@@ -79,9 +79,17 @@ struct UplinkRecord {
 /// Cleans up when it goes, unless leave_in_place() was called.
 class Uplink {
  public:
+  /// Makes everything but the last step, connect(). Does not wait for anything.
   /// kInvalid: the configuration does not fit the host (bridge missing, name taken, MTU too large); the text says what
   /// to change. Whatever was made before a failure is removed again.
+  static Result<Uplink> begin(const UplinkConfig& config);
+  /// begin(), then connect() when the time has come: waits up to 2 s. For callers that have nothing else to do.
   static Result<Uplink> open(const UplinkConfig& config);
+
+  /// bridge=: makes the port a member of the bridge, once it carries or when `late`. True: connected, now or before.
+  /// False: try again when monitor_fd() is readable. dev= is connected from the beginning.
+  Result<bool> connect(bool late);
+  [[nodiscard]] bool connected() const noexcept { return connected_; }
 
   /// Goes on with what a dead supervisor opened with the same `config`. `fds`: its descriptors(), then its keep_fds().
   /// kGone: the netdev or its pins are not there any more.
@@ -89,9 +97,10 @@ class Uplink {
                               std::span<const XskDescription> queues, std::vector<UniqueFd> fds);
   [[nodiscard]] UplinkRecord record() const;
 
-  /// Removes every veth and pin that uplinks of `instance` left behind, at a clean start (no pair runs). Returns what
+  /// Removes every veth and pin that uplinks of `instance` left behind, but those of the netdevs `in_use`. Returns what
   /// it removed, for the log.
-  static Result<std::vector<std::string>> remove_stale(const std::string& instance, const std::string& pin_dir);
+  static Result<std::vector<std::string>> remove_stale(const std::string& instance, const std::string& pin_dir,
+                                                       const std::vector<std::string>& in_use = {});
 
   Uplink(Uplink&& other) noexcept = default;
   Uplink& operator=(Uplink&&) = delete;
@@ -129,7 +138,7 @@ class Uplink {
   Status add_veth();
   Status prepare_veth_ends();
   void keep_order();
-  Status connect_port();
+  Status set_up_ends();
   Status open_dev();
   Status open_null();
   Status match_channels();
@@ -152,6 +161,7 @@ class Uplink {
   bool was_down_ = false;                     ///< dev=
   std::vector<std::string> features_before_;  ///< dev=: switched off by us
   std::vector<std::string> notes_;
+  bool connected_ = false;
   OwnedFlag owned_;  ///< there is something to undo
 };
 

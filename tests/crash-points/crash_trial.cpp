@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "tests/crash-points/single_step.hpp"
+#include "vhost-net-backend/poison.hpp"
 
 namespace tandem::test {
 
@@ -141,6 +142,24 @@ void CrashTrial::judge(const Snapshot& snapshot, RowResult& result) {
   }
 }
 
+// One more packet, which two owners have died on.
+void CrashTrial::condemn_next() {
+  std::vector<std::byte> packet(60, std::byte{0xee});
+  Suspect suspect{kWarmTag, kPoisonDeaths, 0};
+  if (row_.transmit) {
+    suspect.position = 1u << 16 | world_->nics[0].transmit.avail_index();  // of start 1
+    if (!world_->nics[0].send(packet)) std::abort();
+    world_->state().transmit_suspicion.suspect.store(suspect.word());
+    flows_->bad_from_guest = 1;
+  } else {
+    suspect.position = world_->make_ports()->ports[0]->rx.producer();
+    if (!world_->kernels[0].receive(packet)) std::abort();
+    world_->state().receive_suspicion.suspect.store(suspect.word());
+    flows_->bad_from_uplink = 1;
+  }
+  flows_->poisoned = 1;
+}
+
 void CrashTrial::begin_burst() {
   world_->kernels[0].complete();
   const std::uint32_t out = row_.transmit ? row_.burst : 0, in = row_.receive ? row_.burst : 0;
@@ -150,6 +169,10 @@ void CrashTrial::begin_burst() {
     if (!world_->nics[0].transmit.add({&runt, 1})) std::abort();
     flows_->bad_from_guest = 1;
     flows_->send(*world_, out - out / 2, 0);
+  } else if (row_.situation == Situation::kPoison) {
+    flows_->send(*world_, out / 2, in / 2);
+    condemn_next();
+    flows_->send(*world_, out - out / 2, in - in / 2);
   } else {
     flows_->send(*world_, out, in);
   }
@@ -166,21 +189,46 @@ void CrashTrial::step_owner(RowResult& result) {
     if (held.size() > 1) owner.post(DescribeCommand{held.back()});
     stepped::pause();
     if (held.size() > 1) owner.run_commands();
+    if (row_.situation == Situation::kPoison) {
+      for (QueuePair& pair : owner.pairs()) load_suspects(pair);
+      for (int round = 0; round < 2; ++round) owner.poll_once();
+    }
     owner.poll_once();
+    if (row_.situation == Situation::kHandover) {
+      if (!owner.let_go()) std::abort();
+      owner.poll_once();  // touches nothing any more, although there is work
+    }
     stepped::pause();
   });
+  if (row_.situation == Situation::kHandover)
+    make_shard(*world_, *fence_, kHeirTag, world_->make_ports(), {world_->make_device(world_->describe(1))})
+        .ask_owner();
   fence_->kill(kOwnerTag);
   begin_burst();
+  world_->calls(0);
+  world_->calls(1);
   Snapshot snapshot;
-  const auto look = [&] {
-    ++result.points;
-    if (!refresh(*world_, snapshot) || !seen_.insert(hash(snapshot, 0)).second) return;
-    ++result.distinct;
-    judge(snapshot, result);
-    if (row_.nested) starts_.push_back(snapshot);
-  };
-  look();
-  child.step(look);
+  look(snapshot, result);
+  child.step([&] { look(snapshot, result); });
+  if (row_.situation == Situation::kHandover && !let_go_) std::abort();
+}
+
+void CrashTrial::look(Snapshot& snapshot, RowResult& result) {
+  ++result.points;
+  if (!refresh(*world_, snapshot)) return;
+  if (let_go_) ++result.verdict.trespasses;
+  if (!let_go_ && let_go(*world_)) {
+    let_go_ = true;
+    // Whoever let go leaves nobody waiting. (With EVENT_IDX this guest asks for no interrupt.)
+    const bool wants_calls = (row_.shape.nic.features & feature::kEventIndex) == 0;
+    if (wants_calls && (world_->calls(0) == 0 || world_->calls(1) == 0)) ++result.verdict.not_notified;
+    flows_->send(*world_, 1, 1);
+    refresh(*world_, snapshot);
+  }
+  if (!seen_.insert(hash(snapshot, 0)).second) return;
+  ++result.distinct;
+  judge(snapshot, result);
+  if (row_.nested) starts_.push_back({snapshot, world_->nics, world_->kernels, *flows_});
 }
 
 void CrashTrial::step_heirs(bool moved, RowResult& result) {
@@ -197,11 +245,11 @@ void CrashTrial::step_heirs(bool moved, RowResult& result) {
     }
   });
   fence_->kill(kHeirTag);
-  const std::vector<GuestNic> nics = world_->nics;
-  const std::vector<KernelXsk> kernels = world_->kernels;
-  const Flows flows = *flows_;
-  for (const Snapshot& start : starts_) {
-    restore(*world_, start);
+  for (const Start& start : starts_) {
+    restore(*world_, start.snapshot);
+    world_->nics = start.nics;
+    world_->kernels = start.kernels;
+    *flows_ = start.flows;
     if (moved) world_moves_on(*world_, *flows_, 2);
     child.run();
     Snapshot snapshot;
@@ -213,9 +261,6 @@ void CrashTrial::step_heirs(bool moved, RowResult& result) {
       judge(snapshot, result);
     });
     child.run();
-    world_->nics = nics;
-    world_->kernels = kernels;
-    *flows_ = flows;
   }
 }
 

@@ -35,6 +35,9 @@ class CrashTrial {
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
   void restart_driver(EngineWorld& world, ShardStepper& owner) const;
   void begin_burst();
+  void condemn_next();
+  /// After each instruction of the owner.
+  void look(Snapshot& snapshot, RowResult& result);
   [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
   void step_owner(RowResult& result);
   /// `moved`: guest and kernel had gone on before the heir came.
@@ -49,7 +52,15 @@ class CrashTrial {
   std::vector<std::shared_ptr<const Device>> devices_;
   std::shared_ptr<const UplinkPorts> ports_;
   std::unordered_set<std::uint64_t> seen_;
-  std::vector<Snapshot> starts_;  // the distinct states of the owner's burst
+  // A distinct state of the owner's burst, with what guest and kernel remember then.
+  struct Start {
+    Snapshot snapshot;
+    std::vector<GuestNic> nics;
+    std::vector<KernelXsk> kernels;
+    Flows flows;
+  };
+  std::vector<Start> starts_;
+  bool let_go_ = false;  // the owner that is stepped has let go
 };
 
 }  // namespace tandem::test

@@ -46,6 +46,7 @@ nlohmann::json to_json(const RowResult& result) {
           {"record_left", verdict.record_left},
           {"not_notified", verdict.not_notified},
           {"miscounted", verdict.miscounted},
+          {"trespasses", verdict.trespasses},
           {"stopped", verdict.stopped},
           {"seconds", result.seconds}};
 }

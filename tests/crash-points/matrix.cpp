@@ -23,8 +23,12 @@ const char* name(Situation situation) {
       return ", TX ring full";
     case Situation::kBadChain:
       return ", with a bad chain";
+    case Situation::kPoison:
+      return ", with a poison packet";
     case Situation::kRestart:
       return ", restart of the rings";
+    case Situation::kHandover:
+      return ", handover";
   }
   return "";
 }
@@ -68,10 +72,13 @@ std::vector<MatrixRow> matrix() {
                ", " + name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") +
                name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
     // One of each kind, so that every option occurs.
-    row.quick =
-        situation == Situation::kPlain && event_index &&
-        (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
-                     : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 && mergeable == receive);
+    row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
+                : situation == Situation::kPoison
+                    ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
+                    : situation == Situation::kPlain && event_index &&
+                          (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
+                                       : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
+                                             mergeable == receive);
     rows.push_back(row);
   };
   for (const bool receive : {false, true})
@@ -85,6 +92,9 @@ std::vector<MatrixRow> matrix() {
   for (const std::uint32_t burst : {1u, 2u, 32u})
     for (const bool mergeable : {false, true})
       add(true, true, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
+  for (const std::uint32_t burst : {1u, 2u, 32u})
+    for (const bool mergeable : {false, true})
+      add(true, true, ChainStyle::kDirect, mergeable, mergeable, Wrap::kNone, burst, Situation::kHandover);
   for (const std::uint32_t burst : {2u, 32u})
     for (const bool mergeable : {false, true})
       for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kIndirect}) {
@@ -92,6 +102,8 @@ std::vector<MatrixRow> matrix() {
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
         add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
         add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
+        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
       }
   return rows;
 }

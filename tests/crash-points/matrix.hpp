@@ -18,7 +18,9 @@ enum class Situation {
   kStarved,   ///< fewer receive buffers than packets
   kFull,      ///< fewer places on the TX ring than packets
   kBadChain,  ///< a chain in the middle that has to be dropped
+  kPoison,    ///< a packet in the middle that owners have died on: it has to be dropped
   kRestart,   ///< no burst: the owner puts a new start of both rings in force
+  kHandover,  ///< an heir has asked for the shard: the owner lets go after the burst
 };
 
 struct MatrixRow {

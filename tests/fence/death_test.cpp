@@ -36,12 +36,14 @@ struct Death {
   void (*act)();
   tandem_fence_cause cause;
   std::uint32_t signal;
+  bool own_doing = false;
 };
 
 const std::array kDeaths = {
-    Death{"bad store", bad_store, TANDEM_FENCE_SIGNAL, SIGSEGV},
-    Death{"store past the end of a file", store_past_file, TANDEM_FENCE_SIGNAL, SIGBUS},
-    Death{"abort", [] { std::abort(); }, TANDEM_FENCE_SIGNAL, SIGABRT},
+    Death{"bad store", bad_store, TANDEM_FENCE_SIGNAL, SIGSEGV, true},
+    Death{"store past the end of a file", store_past_file, TANDEM_FENCE_SIGNAL, SIGBUS, true},
+    Death{"abort", [] { std::abort(); }, TANDEM_FENCE_SIGNAL, SIGABRT, true},
+    Death{"breakpoint", [] { __builtin_trap(); }, TANDEM_FENCE_SIGNAL, SIGILL, true},
     Death{"SIGKILL", [] { ::raise(SIGKILL); }, TANDEM_FENCE_SIGNAL, SIGKILL},
     // No core is dumped for these: complete_signal() turns them into SIGKILL for each thread before delivery.
     Death{"SIGTERM", [] { ::raise(SIGTERM); }, TANDEM_FENCE_SIGNAL, SIGKILL},
@@ -77,9 +79,32 @@ TEST_CASE("each cause of death is marked with cause, signal and tid") {
       const auto slot = fence.read_slot(tag);
       CHECK(slot.cause == static_cast<std::uint32_t>(death.cause));
       CHECK(slot.signal == death.signal);
+      CHECK((slot.own_doing != 0) == death.own_doing);
       CHECK(slot.tid == static_cast<std::uint32_t>(stage->tid.load()));
       CHECK(slot.time_ns > 0);
     }
+  }
+}
+
+TEST_CASE("a fault's signal that somebody else sent is not the thread's own doing") {
+  SKIP_UNLESS_FENCE();
+  Fence fence = load_fence();
+  std::uint64_t tag = 200;
+  for (const int number : {SIGSEGV, SIGABRT, SIGFPE}) {
+    INFO(number);
+    Shared<Stage> stage;
+    Child victim([&] {
+      std::thread{[&] {
+        stage->tid = own_tid();
+        for (;;) ::pause();
+      }}.join();
+    });
+    REQUIRE(wait_until([&] { return stage->tid != 0; }));
+    REQUIRE_OK(fence.watch(stage->tid, ++tag, TANDEM_FENCE_NO_RING, victim.pid()));
+    REQUIRE(::syscall(SYS_tgkill, victim.pid(), stage->tid.load(), number) == 0);
+    REQUIRE(wait_until([&] { return fence.dead(tag); }));
+    CHECK(fence.read_slot(tag).signal == static_cast<std::uint32_t>(number));
+    CHECK(fence.read_slot(tag).own_doing == 0);
   }
 }
 

@@ -51,6 +51,13 @@ extern "C" void tandem_probe(tandem::ProbePoint point) noexcept {
   if (control == nullptr) return;
   const auto number = static_cast<std::uint32_t>(point);
   control->passes[number].fetch_add(1, std::memory_order_relaxed);
+  // One shard: one transaction at a time, whoever owns. (After a kill the dead one's pid stays: no test looks then.)
+  if (point == tandem::ProbePoint::kStaged) {
+    if (control->working.exchange(static_cast<std::uint32_t>(::getpid())) != 0) control->overlaps.fetch_add(1);
+    control->transactions.fetch_add(1);
+  } else if (point == tandem::ProbePoint::kNotified) {
+    control->working.store(0);
+  }
   std::uint32_t asked = 1;
   if (control->attempt.compare_exchange_strong(asked, 3)) try_forbidden(*control);
   if (control->armed.load(std::memory_order_acquire) != number + 1) return;

@@ -17,6 +17,9 @@ struct ProbeControl {
   std::atomic<std::uint32_t> killed;     ///< pid of the last one killed
   std::atomic<std::uint32_t> attempt;  ///< 1: the next thread to pass tries what is forbidden; 2: the results are there
   std::atomic<std::int32_t> fork_error, exec_error, bpf_error;  ///< errno of each; 0: it succeeded
+  std::atomic<std::uint32_t> working;   ///< pid of who is between arming and disarming; 0: nobody
+  std::atomic<std::uint32_t> overlaps;  ///< how often somebody armed while another was there
+  std::atomic<std::uint32_t> transactions;
   std::atomic<std::uint32_t> passes[static_cast<std::size_t>(ProbePoint::kCount)];
 };
 

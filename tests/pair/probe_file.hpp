@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The test's side of ProbeControl.
+// The test's side of ProbeControl and SupervisorProbeControl.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,28 +13,39 @@
 #include "common/mapping.hpp"
 #include "common/unique_fd.hpp"
 #include "tests/pair/probe.hpp"
+#include "tests/pair/supervisor_probe.hpp"
 
 namespace tandem::test {
 
-/// The file through which the backends' probes are armed.
-class Probes {
+/// A file that holds a `Control`, shared with the programs that its path is told to.
+template <class Control>
+class SharedFile {
  public:
-  Probes() {
+  SharedFile() {
     std::string pattern = "/tmp/tandem-probe-XXXXXX";
     const UniqueFd file{::mkstemp(pattern.data())};
     REQUIRE(file);
     path_ = pattern;
     REQUIRE(::fchmod(file.get(), 0666) == 0);  // backends have an account of their own
-    REQUIRE(::ftruncate(file.get(), sizeof(ProbeControl)) == 0);
-    auto mapping = Mapping::map(file.get(), sizeof(ProbeControl), PROT_READ | PROT_WRITE, 0, "probe file");
+    REQUIRE(::ftruncate(file.get(), sizeof(Control)) == 0);
+    auto mapping = Mapping::map(file.get(), sizeof(Control), PROT_READ | PROT_WRITE, 0, "probe file");
     REQUIRE(mapping.has_value());
     mapping_ = std::move(*mapping);
   }
-  Probes(const Probes&) = delete;
-  Probes& operator=(const Probes&) = delete;
-  ~Probes() { ::unlink(path_.c_str()); }
-  ProbeControl* operator->() const { return reinterpret_cast<ProbeControl*>(mapping_.data()); }
+  SharedFile(const SharedFile&) = delete;
+  SharedFile& operator=(const SharedFile&) = delete;
+  ~SharedFile() { ::unlink(path_.c_str()); }
+  Control* operator->() const { return reinterpret_cast<Control*>(mapping_.data()); }
   [[nodiscard]] const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  Mapping mapping_;
+};
+
+/// The file through which the backends' probes are armed.
+class Probes : public SharedFile<ProbeControl> {
+ public:
   /// `then`: where the next one dies, at its first pass.
   void arm(ProbePoint point, std::uint32_t countdown, ProbePoint then = ProbePoint::kCount) const {
     (*this)->killed = 0;
@@ -42,10 +53,17 @@ class Probes {
     (*this)->countdown = countdown;
     (*this)->armed = static_cast<std::uint32_t>(point) + 1;
   }
+};
 
- private:
-  std::string path_;
-  Mapping mapping_;
+/// The file through which tandemd's are.
+class SupervisorProbes : public SharedFile<SupervisorProbeControl> {
+ public:
+  void arm(SupervisorProbe point, std::uint32_t countdown = 1) const {
+    (*this)->killed = 0;
+    (*this)->countdown = countdown;
+    (*this)->armed = static_cast<std::uint32_t>(point) + 1;
+  }
+  void disarm() const { (*this)->armed = 0; }
 };
 
 }  // namespace tandem::test

@@ -24,7 +24,10 @@ constexpr std::array<const char*, static_cast<std::size_t>(ProbePoint::kCount)> 
                                                                                        "notified",
                                                                                        "completion cleared",
                                                                                        "takeover: epoch",
-                                                                                       "takeover: replayed"};
+                                                                                       "takeover: replayed",
+                                                                                       "handover: asked",
+                                                                                       "handover: granted",
+                                                                                       "handover: let go"};
 
 void require_paired(PairHost& host, Traffic& traffic, pid_t not_this) {
   const bool paired = traffic.pump_until([&] {

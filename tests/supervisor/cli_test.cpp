@@ -14,6 +14,7 @@
 
 #include "recovery/cli/tables.hpp"
 #include "recovery/supervisor/control_server.hpp"
+#include "tests/support/skip.hpp"
 
 using namespace tandem;
 using nlohmann::json;
@@ -117,7 +118,7 @@ TEST_CASE("the hook's script: as the program, and safe without it") {
 TEST_CASE("without a tandemd every command says what to do, and exits with 1") {
   const Directory directory;
   const std::string program = virt_tandem(directory.at("nobody.sock"));
-  for (const char* command : {"status", "incidents", "drill"}) {
+  for (const char* command : {"status", "incidents", "drill", "switchover"}) {
     INFO(command);
     const Ended plain = directory.run(program + command);
     CHECK(plain.status == 1);
@@ -153,6 +154,43 @@ TEST_CASE("host-validate: a verdict for each thing, a remedy for each that is mi
     found = found || (check["check"].get<std::string>().find("tandemd answers") == 0 && verdict == "FAIL");
   }
   CHECK(found);
+}
+
+TEST_CASE("host-validate: what this host has and a lesser one lacks is named with its remedy") {
+  if (::geteuid() != 0) TANDEM_SKIP("not root: a lesser host is played in a mount namespace");
+  struct Row {
+    const char* hidden;
+    const char* says;
+  };
+  const Row rows[] = {{"/dev/net", "modprobe tun"},
+                      {"/run/libvirt", "libvirtd -d"},
+                      {"/sys/kernel/btf", "CONFIG_DEBUG_INFO_BTF"},
+                      {"/etc/libvirt", "install it, then restart libvirtd"}};
+  const Directory directory;
+  const std::string validate = virt_tandem(directory.at("nobody.sock")) + "host-validate";
+  for (const Row& row : rows) {
+    INFO(row.hidden);
+    // A folder that is not there hides what is in it just as well.
+    const Ended lesser =
+        directory.run(std::string("unshare --mount sh -c 'if test -d ") + row.hidden + "; then mount -t tmpfs none " +
+                      row.hidden + " || exit 77; fi; " + validate + "'");
+    if (lesser.status == 77) TANDEM_SKIP("cannot mount in a namespace of its own");
+    CHECK(lesser.status == 1);
+    CHECK(lesser.output.find(row.says) != std::string::npos);
+  }
+  // An old kernel: uname says 2.6 under this personality.
+  const Ended old = directory.run("setarch --uname-2.6 " + validate);
+  CHECK(old.output.find("too old") != std::string::npos);
+  CHECK(old.output.find("backports") != std::string::npos);
+}
+
+TEST_CASE("tandemd on a kernel before 6.4 says what to run instead") {
+  if (::geteuid() != 0) TANDEM_SKIP("not root: tandemd would say only that");
+  const Directory directory;
+  const Ended ended = directory.run("setarch --uname-2.6 " TANDEM_TANDEMD_BINARY);
+  CHECK(ended.status == 1);
+  CHECK(ended.errors.find("6.4") != std::string::npos);
+  CHECK(ended.errors.find("backports") != std::string::npos);
 }
 
 TEST_CASE("the hook hands everything to tandemd, and its refusal to libvirt") {

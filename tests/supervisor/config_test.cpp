@@ -48,6 +48,8 @@ TEST_CASE("the configuration that is shipped says what the defaults are") {
   CHECK(shipped->shards == defaults.shards);
   CHECK(shipped->polling == defaults.polling);
   CHECK(shipped->hugepages == defaults.hugepages);
+  CHECK(shipped->parking_kills == defaults.parking_kills);
+  CHECK(shipped->parking_window_s == defaults.parking_window_s);
 }
 
 TEST_CASE("every setting can be set") {
@@ -66,6 +68,9 @@ socket_group = "kvm"
 shards = 8
 polling = "always"
 hugepages = "never"
+[parking]
+kills = 7
+window_s = 300
 )",
                                    "test.toml");
   INFO((config ? std::string{} : config.error().text));
@@ -82,6 +87,8 @@ hugepages = "never"
   CHECK(config->shards == 8);
   CHECK(config->polling == Polling::kAlways);
   CHECK(config->hugepages == Hugepages::kNever);
+  CHECK(config->parking_kills == 7);
+  CHECK(config->parking_window_s == 300);
   CHECK(parse_config("pin_dir = \"/sys/fs/bpf/elsewhere\"", "t")->pin_dir == "/sys/fs/bpf/elsewhere");
 }
 
@@ -103,6 +110,10 @@ TEST_CASE("settings that are wrong are refused by name") {
       {"[pair]\npolling = \"sometimes\"", "\"adaptive\""},
       {"[pair]\npolling = 1", "\"always\""},
       {"[pair]\nhugepages = true", "\"never\""},
+      {"[parking]\nkills = -1", "from 0 to 1000"},
+      {"[parking]\nkills = 1001", "from 0 to 1000"},
+      {"[parking]\nwindow_s = 0", "from 1 to 86400"},
+      {"[parking]\nwindow = 60", "parking.window"},
       {"log_level = \"loud\"", "\"debug\""},
       {"instance = 5", "wants a string"},
       {"instance = \"\"", "1 to 32"},

@@ -86,6 +86,7 @@ class Server {
     if (command == "big") answer({{"ok", true}, {"text", std::string(3 << 20, 'x')}});
     if (command == "twice") answer({{"ok", true}, {"n", 1}}), answer({{"ok", true}, {"n", 2}});
     if (command == "later") later_ = loop_->soon([answer] { answer({{"ok", true}, {"late", true}}); });
+    if (command == "bytes") answer({{"ok", true}, {"text", "a\xff\xed\xa0\x80z"}});
     if (command == "quit") answer({{"ok", true}}), loop_->quit();
   }
   std::string directory_;
@@ -110,6 +111,13 @@ TEST_CASE("requests and answers") {
   for (const char* piece : {"{\"comm", "and\": \"echo\",", " \"text\": 3}", "\n"})
     Server::send_all(socket.get(), piece);
   CHECK(Server::answer(socket.get())["echo"] == 3);
+}
+
+TEST_CASE("an answer with bytes that are no UTF-8 is an answer all the same") {
+  const Server server;
+  const std::string text = server.ask("{\"command\": \"bytes\"}\n")["text"];
+  CHECK(text.front() == 'a');
+  CHECK(text.back() == 'z');
 }
 
 TEST_CASE("garbage is refused with a sentence") {

@@ -67,6 +67,7 @@ TEST_CASE("the cause of an incident") {
 TEST_CASE("an incident as JSON") {
   Incident incident = sample();
   json text = incident.to_json();
+  CHECK(text["kind"] == "failover");
   CHECK(text["cause"] == "SIGSEGV");
   CHECK(text["signal"] == SIGSEGV);
   CHECK(text["pair"] == "default");
@@ -81,6 +82,8 @@ TEST_CASE("an incident as JSON") {
   CHECK(text["complete"] == false);
   CHECK(text["timeline_ns"] == json{{"last_heartbeat", -1000},
                                     {"hang_verdict", nullptr},
+                                    {"requested", nullptr},
+                                    {"granted", nullptr},
                                     {"fenced", 0},
                                     {"heir_awake", 60'000},
                                     {"epoch_taken", 61'000},
@@ -107,6 +110,33 @@ TEST_CASE("an incident as JSON") {
   CHECK(incident.to_json()["timeline_ns"]["heir_awake"].is_null());
 }
 
+TEST_CASE("a handover is recorded as an incident that is no failure") {
+  Incident incident = sample();
+  incident.slot = {};
+  incident.timeline.kind = TakeoverKind::kHandover;
+  incident.timeline.fence_ns = 0;
+  incident.timeline.requested_ns = 5'050'000;
+  incident.timeline.granted_ns = 5'058'000;
+  json text = incident.to_json();
+  CHECK(text["kind"] == "handover");
+  CHECK(text["cause"] == "planned");
+  CHECK(text["detected_by"] == "request");
+  CHECK(text["signal"] == 0);
+  CHECK(text["former_pid"] == 100);
+  CHECK_FALSE(text.contains("victim_pid"));
+  CHECK(text["timeline_ns"] == json{{"last_heartbeat", -51'000},
+                                    {"hang_verdict", nullptr},
+                                    {"requested", 0},
+                                    {"granted", 8000},
+                                    {"fenced", nullptr},
+                                    {"heir_awake", 10'000},
+                                    {"epoch_taken", 11'000},
+                                    {"replayed", 20'000},
+                                    {"first_transaction", nullptr}});
+  incident.timeline.kind = TakeoverKind::kTakenBack;
+  CHECK(incident.to_json()["kind"] == "handover taken back");
+}
+
 TEST_CASE("incidents become files, numbered on from what is there") {
   const Directory directory;
   {
@@ -128,6 +158,54 @@ TEST_CASE("incidents become files, numbered on from what is there") {
   auto log = IncidentLog::open(directory.path + "/made/on/demand");
   REQUIRE(log.has_value());
   CHECK(log->add(sample()).id == 3);
+}
+
+TEST_CASE("what a dead owner had in hand") {
+  Incident incident = sample();
+  CHECK(incident.to_json()["suspect"].is_null());
+  CHECK(incident.to_json()["poison"] == json::array());
+  CHECK(incident.to_json()["parked"].is_null());
+  incident.timeline.suspect = static_cast<std::uint32_t>(PacketPhase::kReceive) | 2u << 8 | 17u << 16;
+  incident.suspect_mac = "52:54:00:00:00:01";
+  incident.parked_mac = "52:54:00:00:00:01";
+  incident.poison.push_back({"52:54:00:00:00:01", true, 17, 60, 60, "/x/1.pcap"});
+  incident.poison.push_back({"52:54:00:00:00:01", false, 17, 60, 0, ""});
+  const json text = incident.to_json();
+  CHECK(text["suspect"] ==
+        json{{"direction", "receive"}, {"queue_pair", 17}, {"deaths", 2}, {"mac", "52:54:00:00:00:01"}});
+  CHECK(text["poison"][0]["file"] == "/x/1.pcap");
+  CHECK(text["poison"][1]["file"].is_null());
+  CHECK(text["poison"][1]["direction"] == "transmit");
+  CHECK(text["parked"] == "52:54:00:00:00:01");
+  // From a backend, so anything.
+  for (const std::uint32_t nonsense : {4u | 1u << 8, 0xffu, 1u, 1u | 1u << 8 | 256u << 16, 0xffffffffu}) {
+    incident.timeline.suspect = nonsense;
+    CHECK_FALSE(decode_suspect(incident.timeline));
+    CHECK(incident.to_json()["suspect"].is_null());
+  }
+}
+
+TEST_CASE("captures: one file an incident, the last hundred") {
+  const Directory directory;
+  const std::vector<std::byte> packet(60, std::byte{7});
+  const auto path = [&](int id) { return directory.path + "/" + std::to_string(id) + ".pcap"; };
+  for (const int from : {1, 61}) {  // the second half by another tandemd
+    auto log = IncidentLog::open(directory.path);
+    REQUIRE(log.has_value());
+    for (int id = from; id < from + 60; ++id) {
+      const Incident& incident = log->add(sample());
+      REQUIRE(incident.id == static_cast<std::uint64_t>(id));
+      const auto kept = log->keep_packet(incident, packet, 60);
+      REQUIRE(kept.has_value());
+      CHECK(*kept == path(id));
+    }
+    if (from == 61) CHECK(log->keep_packet(log->recent().back(), packet, 1500).has_value());
+  }
+  CHECK_FALSE(std::filesystem::exists(path(20)));
+  CHECK(std::filesystem::file_size(path(21)) == 24 + 16 + 60);
+  CHECK(std::filesystem::file_size(path(120)) == 24 + 2 * (16 + 60));
+  CHECK(std::filesystem::status(path(120)).permissions() ==
+        (std::filesystem::perms::owner_read | std::filesystem::perms::owner_write));
 }
 
 TEST_CASE("incidents do not fill memory") {

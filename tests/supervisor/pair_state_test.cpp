@@ -28,30 +28,54 @@ const std::vector<Cell> kCells{
     {S::kStopped, E::kOwnerDied, S::kStopped, A::kNone},
     {S::kStopped, E::kOtherDied, S::kStopped, A::kNone},
     {S::kStopped, E::kStop, S::kStopped, A::kNone},
+    {S::kStopped, E::kSwitchover, S::kStopped, A::kInvalid},
+    {S::kStopped, E::kHandedOver, S::kStopped, A::kNone},
+    {S::kStopped, E::kNotHandedOver, S::kStopped, A::kNone},
     {S::kStarting, E::kStart, S::kStarting, A::kNone},
     {S::kStarting, E::kMemberReady, S::kStarting, A::kArm},
     {S::kStarting, E::kTookOver, S::kSolo, A::kSpawn},
     {S::kStarting, E::kOwnerDied, S::kStarting, A::kNone},
     {S::kStarting, E::kOtherDied, S::kStarting, A::kSpawn},
     {S::kStarting, E::kStop, S::kStopped, A::kKillAll},
+    {S::kStarting, E::kSwitchover, S::kStarting, A::kInvalid},
+    {S::kStarting, E::kHandedOver, S::kStarting, A::kInvalid},
+    {S::kStarting, E::kNotHandedOver, S::kStarting, A::kNone},
     {S::kSolo, E::kStart, S::kSolo, A::kNone},
     {S::kSolo, E::kMemberReady, S::kPaired, A::kArm},
     {S::kSolo, E::kTookOver, S::kSolo, A::kInvalid},
     {S::kSolo, E::kOwnerDied, S::kStarting, A::kNone},
     {S::kSolo, E::kOtherDied, S::kSolo, A::kSpawn},
     {S::kSolo, E::kStop, S::kStopped, A::kKillAll},
+    {S::kSolo, E::kSwitchover, S::kSolo, A::kInvalid},
+    {S::kSolo, E::kHandedOver, S::kSolo, A::kInvalid},
+    {S::kSolo, E::kNotHandedOver, S::kSolo, A::kNone},
     {S::kPaired, E::kStart, S::kPaired, A::kNone},
     {S::kPaired, E::kMemberReady, S::kPaired, A::kInvalid},
     {S::kPaired, E::kTookOver, S::kSolo, A::kSpawn},
     {S::kPaired, E::kOwnerDied, S::kTakingOver, A::kNone},
     {S::kPaired, E::kOtherDied, S::kSolo, A::kSpawn},
     {S::kPaired, E::kStop, S::kStopped, A::kKillAll},
+    {S::kPaired, E::kSwitchover, S::kHandingOver, A::kHandOver},
+    {S::kPaired, E::kHandedOver, S::kPaired, A::kNone},
+    {S::kPaired, E::kNotHandedOver, S::kPaired, A::kNone},
     {S::kTakingOver, E::kStart, S::kTakingOver, A::kNone},
     {S::kTakingOver, E::kMemberReady, S::kTakingOver, A::kInvalid},
     {S::kTakingOver, E::kTookOver, S::kSolo, A::kSpawn},
     {S::kTakingOver, E::kOwnerDied, S::kTakingOver, A::kInvalid},
     {S::kTakingOver, E::kOtherDied, S::kStarting, A::kSpawn},
     {S::kTakingOver, E::kStop, S::kStopped, A::kKillAll},
+    {S::kTakingOver, E::kSwitchover, S::kTakingOver, A::kInvalid},
+    {S::kTakingOver, E::kHandedOver, S::kPaired, A::kNone},
+    {S::kTakingOver, E::kNotHandedOver, S::kTakingOver, A::kNone},
+    {S::kHandingOver, E::kStart, S::kHandingOver, A::kNone},
+    {S::kHandingOver, E::kMemberReady, S::kHandingOver, A::kInvalid},
+    {S::kHandingOver, E::kTookOver, S::kSolo, A::kSpawn},
+    {S::kHandingOver, E::kOwnerDied, S::kTakingOver, A::kNone},
+    {S::kHandingOver, E::kOtherDied, S::kSolo, A::kSpawn},
+    {S::kHandingOver, E::kStop, S::kStopped, A::kKillAll},
+    {S::kHandingOver, E::kSwitchover, S::kHandingOver, A::kInvalid},
+    {S::kHandingOver, E::kHandedOver, S::kPaired, A::kNone},
+    {S::kHandingOver, E::kNotHandedOver, S::kPaired, A::kNone},
 };
 
 S live(const std::vector<E>& events, S state = S::kStopped) {
@@ -101,4 +125,13 @@ TEST_CASE("lives of a pair") {
   // The owner dies while its standby is still starting.
   CHECK(live({E::kTookOver, E::kOwnerDied, E::kMemberReady, E::kTookOver, E::kMemberReady}, S::kPaired) == S::kPaired);
   CHECK(live({E::kStop, E::kOtherDied, E::kOwnerDied}, S::kPaired) == S::kStopped);
+  // A switchover; one that comes to nothing; one whose report comes after it was given up.
+  CHECK(live({E::kSwitchover, E::kHandedOver}, S::kPaired) == S::kPaired);
+  CHECK(live({E::kSwitchover, E::kNotHandedOver, E::kHandedOver}, S::kPaired) == S::kPaired);
+  // A death of either side in the middle of one: as ever.
+  CHECK(live({E::kSwitchover, E::kOwnerDied, E::kTookOver, E::kMemberReady}, S::kPaired) == S::kPaired);
+  CHECK(live({E::kSwitchover, E::kTookOver, E::kOwnerDied}, S::kPaired) != S::kPaired);
+  CHECK(live({E::kSwitchover, E::kOtherDied, E::kMemberReady}, S::kPaired) == S::kPaired);
+  // Adopted while nobody owned, for the owner had let go.
+  CHECK(live({E::kHandedOver}, S::kTakingOver) == S::kPaired);
 }

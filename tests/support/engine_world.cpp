@@ -17,6 +17,11 @@ struct ShardSteps {
   static void run_commands(Shard& shard) { shard.run_commands(); }
   static bool take_over(Shard& shard) { return shard.take_over(); }
   static bool poll_once(Shard& shard) { return shard.poll_once(); }
+  static bool work_waits(Shard& shard) { return shard.work_waits(); }
+  static void ask_owner(Shard& shard) { shard.ask_owner(); }
+  static void follow_request(Shard& shard) { shard.follow_request(); }
+  static bool let_go(Shard& shard) { return shard.let_go(); }
+  static bool left_to_another(Shard& shard) { return shard.left_to_another(shard.state().owner.load()); }
   static void sleep(Shard& shard) { shard.sleep(); }
   static std::vector<QueuePair>& pairs(Shard& shard) { return shard.pairs_; }
 };
@@ -55,11 +60,12 @@ FakeFence::FakeFence() {
 
 void FakeFence::view_again() { views_.push_back(must(FenceView::map(fd_.get()))); }
 
-void FakeFence::kill(std::uint32_t tag) {
+void FakeFence::kill(std::uint32_t tag, int signal, bool own_doing) {
   auto& slot = reinterpret_cast<tandem_fence_slot*>(slots_.data())[tag % TANDEM_FENCE_SLOTS];
   slot.time_ns = monotonic_ns();
   slot.cause = TANDEM_FENCE_SIGNAL;
-  slot.signal = 9;
+  slot.signal = static_cast<std::uint32_t>(signal);
+  slot.own_doing = own_doing ? 1 : 0;
   __atomic_store_n(&slot.tag, std::uint64_t{tag}, __ATOMIC_RELEASE);
 }
 
@@ -91,7 +97,10 @@ EngineWorld::EngineWorld(const WorldShape& shape) : shape_(shape), xsk_(describe
   parts_.emplace_back(area_.data() + segment_at_, offsetof(Segment, shards));
   for (std::uint32_t n = 0; n < shape.shards; ++n) {
     ShardState& shard = shared.shards[n];
-    parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.owner), sizeof shard.owner);
+    // Request, grant and tags, but not when they were written.
+    const auto* end = reinterpret_cast<std::byte*>(&shard.handover.requested_ns);
+    auto* begin = reinterpret_cast<std::byte*>(&shard.owner);
+    parts_.emplace_back(begin, static_cast<std::size_t>(end - begin));
     parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.record), sizeof shard.record);
   }
   parts_.emplace_back(reinterpret_cast<std::byte*>(&state()), shape.queue_pairs * sizeof(QueuePairState));
@@ -203,6 +212,15 @@ void ShardStepper::hold(std::shared_ptr<const UplinkPorts> ports, std::vector<st
 }
 
 bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_); }
+bool ShardStepper::work_waits() { return ShardSteps::work_waits(*shard_); }
+void ShardStepper::ask_owner() {
+  post(HandOverCommand{});
+  run_commands();
+  ShardSteps::ask_owner(*shard_);
+}
+void ShardStepper::follow_request() { ShardSteps::follow_request(*shard_); }
+bool ShardStepper::let_go() { return ShardSteps::let_go(*shard_); }
+bool ShardStepper::left_to_another() { return ShardSteps::left_to_another(*shard_); }
 bool ShardStepper::poll_once() { return ShardSteps::poll_once(*shard_); }
 void ShardStepper::sleep() {
   shard_->post(ArmCommand{tag_, nullptr});  // the mailbox wakes it at once

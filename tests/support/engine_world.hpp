@@ -36,7 +36,8 @@ inline constexpr std::uint64_t kVersion1 = std::uint64_t{1} << 32;
 class FakeFence {
  public:
   FakeFence();
-  void kill(std::uint32_t tag);
+  /// Dead by `signal`; `own_doing`: the thread's own fault, not somebody else's signal.
+  void kill(std::uint32_t tag, int signal = 9, bool own_doing = false);
   /// For this process only: a view is not inherited by children.
   [[nodiscard]] const FenceView& view() const { return views_.back(); }
   /// Makes view() anew, in a child.
@@ -123,6 +124,14 @@ class ShardStepper {
   /// Attach, describe and arm, as a supervisor does with a new standby.
   void hold(std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices);
   bool take_over();
+  /// A handover: as heir, ask the owner, and see what became of it; as owner, answer (true: it owns no more); as former
+  /// owner, whether the shard is to be left to the heir that asked.
+  void ask_owner();
+  void follow_request();
+  bool let_go();
+  bool left_to_another();
+  /// As heir: whether there is work that the owner would do if it looked.
+  bool work_waits();
   bool poll_once();
   /// What the owner does before and after it sleeps, without the sleep: there is work or a file that wakes it at once.
   void sleep();

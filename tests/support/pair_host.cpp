@@ -10,6 +10,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -59,17 +60,43 @@ void reap() {
   }
 }
 
-std::vector<pid_t> descendants() {
+std::vector<pid_t> descendants_of(pid_t ancestor) {
   std::map<pid_t, std::vector<pid_t>> children;
   for (const std::string& name : entries("/proc"))
     if (name.find_first_not_of("0123456789") == std::string::npos) {
       const auto pid = static_cast<pid_t>(std::stol(name));
       if (const pid_t parent = parent_and_name(pid).first; parent != 0) children[parent].push_back(pid);
     }
-  std::vector<pid_t> found = children[::getpid()];
+  std::vector<pid_t> found = children[ancestor];
   for (std::size_t i = 0; i < found.size(); ++i)
     for (const pid_t child : std::vector<pid_t>(children[found[i]])) found.push_back(child);
   return found;
+}
+
+std::vector<pid_t> descendants() { return descendants_of(::getpid()); }
+
+// The process between the test and what it starts: whatever loses its parent falls to it, and if the test dies it ends
+// them all. Ends itself when nothing is left.
+[[noreturn]] void keep(pid_t test) {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  ::sigaddset(&signals, SIGCHLD);
+  ::sigaddset(&signals, SIGTERM);
+  ::sigprocmask(SIG_BLOCK, &signals, nullptr);
+  ::prctl(PR_SET_PDEATHSIG, SIGTERM);
+  bool orphaned = ::getppid() != test;
+  for (;;) {
+    while (::waitpid(-1, nullptr, WNOHANG) > 0) {
+    }
+    if (::waitpid(-1, nullptr, WNOHANG) < 0 && errno == ECHILD) ::_exit(0);
+    if (orphaned) {
+      for (const pid_t pid : descendants_of(::getpid())) ::kill(pid, SIGSTOP);
+      for (const pid_t pid : descendants_of(::getpid())) ::kill(pid, SIGKILL);
+    }
+    int signal = 0;
+    ::sigwait(&signals, &signal);
+    orphaned = orphaned || signal == SIGTERM;
+  }
 }
 
 UniqueFd connect_to(const std::string& path) {
@@ -144,6 +171,7 @@ PairHost::PairHost(PairHostOptions options)
   std::filesystem::create_directories(run_dir());
   ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
   if (options_.backend.empty()) options_.backend = TANDEM_BACKEND_BINARY;
+  if (options_.tandemd.empty()) options_.tandemd = TANDEM_TANDEMD_BINARY;
   make_network(options_.outside_queues);
   write_config();
 }
@@ -178,36 +206,83 @@ void PairHost::write_config() const {
       << "instance = \"" << instance_ << "\"\nrun_dir = \"" << run_dir() << "\"\nincident_dir = \"" << directory_
       << "/incidents\"\nlog_level = \"debug\"\n[backend]\npath = \"" << options_.backend
       << "\"\nuser = \"nobody\"\n[qemu]\nsocket_user = \"\"\nsocket_group = \"\"\n[pair]\nshards = " << options_.shards
-      << "\npolling = \"" << options_.polling << "\"\nhugepages = \"never\"\n";
+      << "\npolling = \"" << options_.polling << "\"\nhugepages = \"never\"\n"
+      << options_.configuration;
+}
+
+pid_t PairHost::launch(const std::vector<std::string>& words) const {
+  std::vector<char*> arguments;
+  for (const std::string& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
+  arguments.push_back(nullptr);
+  const std::string log_path = directory_ + "/log";
+  int answer[2];
+  REQUIRE(::pipe2(answer, O_CLOEXEC) == 0);
+  const UniqueFd reading{answer[0]};
+  UniqueFd writing{answer[1]};
+  const pid_t test = ::getpid();
+  const pid_t keeper = ::fork();
+  REQUIRE(keeper >= 0);
+  if (keeper == 0) {
+    for (int number = 1; number < NSIG; ++number) ::signal(number, SIG_DFL);
+    ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+    const pid_t program = ::fork();
+    if (program == 0) {
+      const int log = ::open(log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666);
+      const int null = ::open("/dev/null", O_RDONLY);
+      ::dup2(null, 0);
+      ::dup2(log, 1);
+      ::dup2(log, 2);
+      for (const auto& [name, value] : environment) ::setenv(name.c_str(), value.c_str(), 1);
+      ::execv(arguments[0], arguments.data());
+      ::_exit(127);
+    }
+    [[maybe_unused]] const ssize_t written = ::write(writing.get(), &program, sizeof program);
+    // A front end's socket that stayed open here would hide that the test has closed it.
+    ::syscall(SYS_close_range, 3, ~0u, 0);
+    keep(test);
+  }
+  writing.reset();
+  pid_t program = 0;
+  REQUIRE(::read(reading.get(), &program, sizeof program) == sizeof program);
+  return program;
 }
 
 void PairHost::start() {
-  leader_ = ::fork();
-  if (leader_ == 0) {
-    for (int number = 1; number < NSIG; ++number) ::signal(number, SIG_DFL);
-    const std::string log_path = directory_ + "/log", vault_socket = run_dir() + "/vault.sock";
-    const std::string config = directory_ + "/tandemd.toml";
-    const int log = ::open(log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666);
-    const int null = ::open("/dev/null", O_RDONLY);
-    ::dup2(null, 0);
-    ::dup2(log, 1);
-    ::dup2(log, 2);
-    for (const auto& [name, value] : environment) ::setenv(name.c_str(), value.c_str(), 1);
-    ::execl(TANDEM_VAULT_BINARY, "tandem-vault", "--socket", vault_socket.c_str(), "--user", "daemon", "--supervise",
-            TANDEM_TANDEMD_BINARY, "--config", config.c_str(), nullptr);
-    ::_exit(127);
+  const std::string config = directory_ + "/tandemd.toml";
+  leaders_.clear();
+  if (options_.supervised) {
+    leaders_.push_back(launch({TANDEM_VAULT_BINARY, "--socket", run_dir() + "/vault.sock", "--user", "daemon",
+                               "--supervise", options_.tandemd, "--config", config}));
+  } else {
+    start_vault();
+    start_tandemd();
   }
   REQUIRE(eventually([&] { return status().value("ok", false); }));
 }
 
+void PairHost::start_vault() {
+  leaders_.push_back(launch({TANDEM_VAULT_BINARY, "--socket", run_dir() + "/vault.sock", "--user", "daemon"}));
+}
+
+void PairHost::start_tandemd() {
+  leaders_.insert(leaders_.begin(), launch({options_.tandemd, "--config", directory_ + "/tandemd.toml"}));
+}
+
 std::string PairHost::stop() {
   std::string left;
-  if (leader_ > 0) ::kill(leader_, SIGTERM);
+  // tandemd first: the vault must be there for its last words.
+  const std::vector<pid_t> ours = processes();
+  for (const pid_t leader : std::exchange(leaders_, {})) {
+    if (std::find(ours.begin(), ours.end(), leader) == ours.end()) continue;  // died before
+    ::kill(leader, SIGTERM);
+    eventually([&] { return reap(), parent_and_name(leader).first == 0; });
+  }
   if (!eventually([&] { return reap(), processes().empty(); })) {
     left += "processes still run;";
     kill_everything();
   }
-  leader_ = 0;
+  // The vault, without privileges, may not remove it; a service manager removes the folder.
+  if (!options_.supervised) ::unlink((run_dir() + "/vault.sock").c_str());
   for (const std::string& name : entries(run_dir())) left += " " + run_dir() + "/" + name + ";";
   for (const std::string& name : entries("/sys/class/net"))
     if (name.starts_with("tdm")) left += " link " + name + ";";
@@ -223,7 +298,7 @@ void PairHost::kill_everything() {
   for (const pid_t pid : processes()) ::kill(pid, SIGKILL);
   eventually([&] { return reap(), processes().empty(); });
   reap();
-  leader_ = 0;
+  leaders_.clear();
 }
 
 PairHost::json PairHost::ask(const json& request) const {

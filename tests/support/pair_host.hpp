@@ -27,10 +27,15 @@ inline constexpr std::chrono::seconds kFailsafe{30};
 bool eventually(const std::function<bool()>& event, std::chrono::milliseconds limit = kFailsafe);
 
 struct PairHostOptions {
-  std::string backend;  ///< program; empty: tandem-backend of this build
+  std::string backend = {};  ///< program; empty: tandem-backend of this build
+  std::string tandemd = {};  ///< program; empty: tandemd of this build
+  /// Vault and tandemd under `tandem-vault --supervise`, as on a host without systemd. Else each by itself, restarted
+  /// by start_tandemd() and start_vault() only, so that a test decides when.
+  bool supervised = true;
   unsigned shards = 1;
   std::string polling = "adaptive";
-  unsigned outside_queues = 1;  ///< of the outside's cable: more spread its flows over the queues of a NIC
+  std::string configuration = {};  ///< more tables for tandemd.toml
+  unsigned outside_queues = 1;     ///< of the outside's cable: more spread its flows over the queues of a NIC
 };
 
 /// A NIC as a domain's XML would name it.
@@ -53,8 +58,11 @@ class PairHost {
   PairHost(const PairHost&) = delete;
   PairHost& operator=(const PairHost&) = delete;
 
-  /// Starts tandem-vault --supervise tandemd and waits until tandemd answers.
+  /// Starts vault and tandemd and waits until tandemd answers.
   void start();
+  /// Without supervision: starts one that has died; does not wait.
+  void start_vault();
+  void start_tandemd();
   /// SIGTERM, and waits for the end of all. Returns what is left behind in words, empty if nothing: processes, sockets,
   /// links, pins.
   std::string stop();
@@ -96,11 +104,12 @@ class PairHost {
  private:
   void make_network(unsigned outside_queues);
   void write_config() const;
+  pid_t launch(const std::vector<std::string>& words) const;
 
   PairHostOptions options_;
   std::string directory_;
   std::string instance_;
-  pid_t leader_ = 0;
+  std::vector<pid_t> leaders_;  // what stop() sends SIGTERM to, in turn
 };
 
 /// Runs a shell command, output discarded; true on exit status 0.

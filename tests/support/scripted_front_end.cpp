@@ -51,6 +51,11 @@ void DriverQueue::kick() {
 }
 
 ScriptedFrontEnd::ScriptedFrontEnd(const std::string& path, FrontEndOptions options) : options_(options) {
+  reconnect(path);
+  make_memory();
+}
+
+void ScriptedFrontEnd::reconnect(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   REQUIRE(path.size() < sizeof address.sun_path);
@@ -58,7 +63,37 @@ ScriptedFrontEnd::ScriptedFrontEnd(const std::string& path, FrontEndOptions opti
   socket_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (::connect(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
     FAIL("connect to " << path << ": " << std::strerror(errno));
-  make_memory();
+}
+
+void ScriptedFrontEnd::resume() {
+  for (std::uint32_t pair = 0; pair < options_.queue_pairs; ++pair) {
+    for (std::uint32_t vring = 2 * pair; vring < 2 * pair + 2; ++vring) send_state(R::kSetVringEnable, vring, 1);
+    send_body(R::kSetFeatures, options_.features);
+    send_body(R::kSetStatus, std::uint64_t{8});
+    if (pair == 0) {
+      send_mem_table(true);
+      REQUIRE(reply_u64(R::kSetMemTable) == 0);
+    }
+    for (std::uint32_t vring = 2 * pair; vring < 2 * pair + 2; ++vring) send_vring(vring, queues_[vring].used_index());
+  }
+  send_body(R::kSetStatus, std::uint64_t{15});
+  settle();
+}
+
+VhostUserMemoryRegion ScriptedFrontEnd::extra_region() const {
+  return {kBuffersGuest + mapping_.size(), 0x10000, kUser + mapping_.size(), 0};
+}
+
+void ScriptedFrontEnd::send_larger_mem_table(bool need_reply) {
+  struct {
+    VhostUserMemoryHeader header{3, 0};
+    VhostUserMemoryRegion regions[3];
+  } table;
+  table.regions[0] = {0, rings_size_, kUser, 0};
+  table.regions[1] = {kBuffersGuest, mapping_.size() - rings_size_, kUser + rings_size_, rings_size_};
+  table.regions[2] = extra_region();
+  const int fds[] = {memory_.get(), memory_.get(), extra_.get()};
+  send_body(R::kSetMemTable, table, fds, need_reply);
 }
 
 void ScriptedFrontEnd::make_memory() {
@@ -68,6 +103,8 @@ void ScriptedFrontEnd::make_memory() {
   const std::uint64_t size = rings_size_ + vrings * buffers;
   memory_.reset(::memfd_create("tandem-test-guest", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   REQUIRE(::ftruncate(memory_.get(), static_cast<off_t>(size)) == 0);
+  extra_.reset(::memfd_create("tandem-test-dimm", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  REQUIRE(::ftruncate(extra_.get(), 0x10000) == 0);
   auto mapping = Mapping::map(memory_.get(), size, PROT_READ | PROT_WRITE, 0, "the scripted guest's memory");
   REQUIRE(mapping.has_value());
   mapping_ = std::move(*mapping);

@@ -69,6 +69,11 @@ class ScriptedFrontEnd {
   /// Connects to a NIC's socket.
   explicit ScriptedFrontEnd(const std::string& path, FrontEndOptions options = {});
 
+  /// After a lost connection, as QEMU does: connects again, with the same memory. Then negotiate() and resume().
+  void reconnect(const std::string& path);
+  /// Starts vrings with what is in them, from their used indices on.
+  void resume();
+
   // ---- protocol ----
   void negotiate();  ///< what QEMU sends when it connects
   void start();      ///< what it sends when the driver is up; posts all receive buffers
@@ -120,6 +125,12 @@ class ScriptedFrontEnd {
   /// After stop(): everything as in a driver that begins anew.
   void reset_rings();
 
+  /// Another piece of guest memory, for tables and slots: 64 KiB in a file of its own, behind all buffers.
+  [[nodiscard]] VhostUserMemoryRegion extra_region() const;
+  [[nodiscard]] int extra_fd() const { return extra_.get(); }
+  /// The table with the extra region as the third.
+  void send_larger_mem_table(bool need_reply);
+
   DriverQueue& queue(std::uint32_t vring) { return queues_[vring]; }
   [[nodiscard]] std::span<std::byte> memory() { return {mapping_.data(), mapping_.size()}; }
   [[nodiscard]] int memory_fd() const { return memory_.get(); }
@@ -132,7 +143,7 @@ class ScriptedFrontEnd {
   bool read_exactly(void* data, std::size_t size);
 
   FrontEndOptions options_;
-  UniqueFd socket_, memory_;
+  UniqueFd socket_, memory_, extra_;
   Mapping mapping_;
   std::uint64_t rings_size_ = 0;
   std::vector<UniqueFd> events_;

@@ -11,13 +11,19 @@ Verdict& Verdict::operator+=(const Verdict& other) {
   record_left += other.record_left;
   not_notified += other.not_notified;
   miscounted += other.miscounted;
+  trespasses += other.trespasses;
   stopped += other.stopped;
   return *this;
 }
 
 bool Verdict::clean() const {
   return tally.clean() && leaked_frames == 0 && descriptor_errors == 0 && record_left == 0 && not_notified == 0 &&
-         miscounted == 0 && stopped == 0;
+         miscounted == 0 && trespasses == 0 && stopped == 0;
+}
+
+bool let_go(const EngineWorld& world) {
+  const std::uint64_t word = world.segment().shards[0].owner.load();
+  return owner_epoch(word) != 0 && owner_tag(word) == 0;
 }
 
 void Flows::send(EngineWorld& world, std::uint32_t guest_packets, std::uint32_t uplink_packets) {
@@ -39,11 +45,12 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   Verdict verdict;
   world.calls(0);
   world.calls(1);
+  const bool everybody_told = let_go(world);
   if (!heir.take_over()) {
     verdict.stopped = 1;
     return verdict;
   }
-  if (world.calls(0) == 0 || world.calls(1) == 0) ++verdict.not_notified;
+  if (!everybody_told && (world.calls(0) == 0 || world.calls(1) == 0)) ++verdict.not_notified;
   bool quiet = drain(world, heir, flows.uplink, flows.guest).quiet;
   flows.send(world, 3, 3);
   quiet = drain(world, heir, flows.uplink, flows.guest).quiet && quiet;
@@ -61,7 +68,9 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   verdict.record_left = world.record().arm.load() != 0;
   verdict.miscounted += state.transmit.packets != flows.from_guest;
   verdict.miscounted += state.receive.packets != flows.from_uplink;
-  verdict.miscounted += state.transmit.dropped != flows.bad_from_guest || state.receive.dropped != 0;
+  verdict.miscounted += state.transmit.dropped != flows.bad_from_guest;
+  verdict.miscounted += state.receive.dropped != flows.bad_from_uplink;
+  verdict.miscounted += state.transmit_suspicion.poisoned + state.receive_suspicion.poisoned != flows.poisoned;
   verdict.stopped +=
       state.transmit.fault.load() != QueueFault::kNone || state.receive.fault.load() != QueueFault::kNone;
   return verdict;

@@ -141,7 +141,7 @@ struct Lie {
 
 std::vector<Lie> lies(bool receive) {
   std::vector<Lie> all = {
-      {"of another version", [](EngineWorld&, RedoRecord& r) { r.version = 2; }, false},
+      {"of another version", [](EngineWorld&, RedoRecord& r) { r.version = kRedoVersion + 1; }, false},
       {"of no kind", [](EngineWorld&, RedoRecord& r) { r.kind = RedoKind{0}; }, false},
       {"of an unknown kind", [](EngineWorld&, RedoRecord& r) { r.kind = RedoKind{7}; }, false},
       {"too many frames", [](EngineWorld&, RedoRecord& r) { r.frame_count = kBurstPackets + 1; }, false},

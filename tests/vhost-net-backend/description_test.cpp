@@ -104,6 +104,18 @@ TEST_CASE("socket descriptions that are inconsistent are refused before anything
       {"transmit frames not in words of the bitmap", [](XskDescription& d) { d.tx_frames = 63; }},
       {"more transmit frames than the bitmap has", [](XskDescription& d) { d.tx_frames = kTransmitFrames + 64; }},
       {"memory of another size", [](XskDescription& d) { d.umem_size += 4096; }},
+      {"frames whose number wraps",
+       [](XskDescription& d) {
+         d.rx_frames = 0u - d.tx_frames;
+         d.umem_size = 0;
+       }},
+      {"producer not aligned", [](XskDescription& d) { d.rx.producer = 2; }},
+      {"consumer not aligned", [](XskDescription& d) { d.tx.consumer = 65; }},
+      {"entries not aligned",
+       [](XskDescription& d) {
+         d.fill.descriptors = 196;
+         d.fill.mmap_size += 64;
+       }},
   };
   for (const Row& row : rows) {
     INFO(row.name);

@@ -45,7 +45,9 @@ void wait_for_parent() { ::raise(SIGSTOP); }
 pid_t start(const std::function<void()>& act) {
   const pid_t child = run_in_child(act);
   int status = 0;
-  if (::waitpid(child, &status, WUNTRACED) != child || !WIFSTOPPED(status)) std::abort();
+  if (::waitpid(child, &status, WUNTRACED) != child) std::abort();
+  if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) return 0;
+  if (!WIFSTOPPED(status)) std::abort();
   return child;
 }
 
@@ -67,7 +69,10 @@ const char* name(ProbePoint point) {
                                            "notified",
                                            "completion cleared",
                                            "takeover: epoch",
-                                           "takeover: replayed"};
+                                           "takeover: replayed",
+                                           "handover: asked",
+                                           "handover: granted",
+                                           "handover: let go"};
   static_assert(std::size(kNames) == static_cast<std::size_t>(ProbePoint::kCount));
   return kNames[static_cast<int>(point)];
 }

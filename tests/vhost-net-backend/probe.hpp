@@ -19,7 +19,8 @@ bool killed(const std::function<void()>& act);
 
 /// For a child in killed(): stops itself until its parent says resume(); and the parent's two halves.
 void wait_for_parent();
-pid_t start(const std::function<void()>& act);  ///< forks a child; returns when it has stopped in wait_for_parent()
+pid_t start(const std::function<void()>& act);  ///< forks a child; returns when it has stopped in wait_for_parent(); 0:
+                                                ///< SIGKILL ended it before
 bool resume(pid_t child);                       ///< goes on, waits for its end; as killed()
 
 const char* name(ProbePoint point);

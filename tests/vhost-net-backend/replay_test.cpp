@@ -101,6 +101,7 @@ void require_clean(const Verdict& verdict) {
   CHECK(verdict.record_left == 0);
   CHECK(verdict.not_notified == 0);
   CHECK(verdict.miscounted == 0);
+  CHECK(verdict.trespasses == 0);
   CHECK(verdict.stopped == 0);
 }
 
@@ -140,8 +141,8 @@ TEST_CASE("an owner killed at every probe point") {
         }
   for (int point = 0; point < kPoints; ++point) {
     INFO(name(ProbePoint{point}));
-    const bool of_takeover = point >= static_cast<int>(ProbePoint::kTakeoverEpoch);
-    CHECK((reached.count(point) != 0) != of_takeover);
+    const bool of_burst = point < static_cast<int>(ProbePoint::kTakeoverEpoch);
+    CHECK((reached.count(point) != 0) == of_burst);
   }
 }
 
@@ -168,6 +169,78 @@ TEST_CASE("an heir killed at every probe point of its takeover, after an owner k
        {ProbePoint::kFramesMarked, ProbePoint::kDestinationWritten, ProbePoint::kDestinationPublished,
         ProbePoint::kSourceWritten, ProbePoint::kSourcePublished, ProbePoint::kCursorsAdvanced, ProbePoint::kDisarmed,
         ProbePoint::kCompletionCleared, ProbePoint::kTakeoverEpoch, ProbePoint::kTakeoverReplayed}) {
+    INFO(name(point));
+    CHECK(reached.count(static_cast<int>(point)) == 1);
+  }
+}
+
+TEST_CASE("either side of a handover killed at every probe point of it") {
+  std::set<int> reached;
+  for (const Scenario& scenario : scenarios())
+    for (const bool heir_asks :
+         {true, false})  // who is killed: the heir that asks and takes, or the owner that lets go
+      for (const bool moves_on : {false, true})
+        for (int point = 0; point < kPoints; ++point) {
+          INFO(scenario.name << (heir_asks ? ", heir" : ", owner") << " killed at '" << name(ProbePoint{point}) << "'"
+                             << (moves_on ? ", the world moves on" : ""));
+          Stage stage(scenario);
+          bool died = false;
+          if (heir_asks) {
+            ShardStepper owner = stage.heir(2);
+            REQUIRE(owner.take_over());
+            stage.flows.send(stage.world, scenario.from_guest, scenario.from_uplink);
+            const pid_t child = start([&] {
+              stage.fence.view_again();
+              ShardStepper heir = stage.heir(3);
+              die_at(ProbePoint{point}, 1);
+              heir.ask_owner();
+              wait_for_parent();
+              heir.take_over();
+            });
+            died = child == 0;
+            if (!died) {
+              owner.poll_once();
+              if (!owner.let_go()) std::abort();
+              died = resume(child);
+            }
+            stage.fence.kill(3);
+            if (!died) continue;
+            reached.insert(point);
+            if (moves_on) world_moves_on(stage.world, stage.flows, 4);
+            // The owner has let go and takes back or over; or it lives on, sees a dead heir's request, and drops it.
+            if (owner_tag(stage.world.segment().shards[0].owner.load()) == 2) {
+              CHECK_FALSE(owner.let_go());
+              CHECK(stage.world.segment().shards[0].handover.request.load() == 0);
+              stage.fence.kill(2);
+              ShardStepper third = stage.heir(4);
+              require_clean(take_over_and_judge(stage.world, third, stage.flows));
+            } else {
+              CHECK_FALSE(owner.left_to_another());
+              require_clean(take_over_and_judge(stage.world, owner, stage.flows));
+            }
+          } else {
+            ShardStepper heir = stage.heir(3);
+            const pid_t child = start([&] {
+              stage.fence.view_again();
+              ShardStepper owner = stage.heir(2);
+              if (!owner.take_over()) std::abort();
+              wait_for_parent();
+              die_at(ProbePoint{point}, 1);
+              owner.poll_once();
+              if (!owner.let_go()) std::abort();
+            });
+            stage.flows.send(stage.world, scenario.from_guest, scenario.from_uplink);
+            heir.ask_owner();
+            died = resume(child);
+            stage.fence.kill(2);
+            if (!died) continue;
+            reached.insert(point);
+            if (moves_on) world_moves_on(stage.world, stage.flows, 4);
+            require_clean(take_over_and_judge(stage.world, heir, stage.flows));
+          }
+        }
+  for (const ProbePoint point : {ProbePoint::kHandoverAsked, ProbePoint::kHandoverGranted, ProbePoint::kHandoverLetGo,
+                                 ProbePoint::kTakeoverEpoch, ProbePoint::kTakeoverReplayed, ProbePoint::kArmed}) {
     INFO(name(point));
     CHECK(reached.count(static_cast<int>(point)) == 1);
   }

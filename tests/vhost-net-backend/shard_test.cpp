@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A shard as heir and owner: commands, generations, several shards and devices, and its own loop in a thread.
-#include <poll.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <catch2/catch.hpp>
 #include <functional>
-#include <thread>
 
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
+#include "tests/vhost-net-backend/running_shard.hpp"
 
 using namespace tandem;
 using namespace tandem::test;
@@ -17,14 +13,6 @@ using namespace tandem::test;
 namespace {
 
 const PacketFlow kFlow{};
-
-template <class Event>
-std::vector<Event> only(const std::vector<ShardEvent>& events) {
-  std::vector<Event> found;
-  for (const ShardEvent& event : events)
-    if (const auto* wanted = std::get_if<Event>(&event)) found.push_back(*wanted);
-  return found;
-}
 
 DeviceDescription stopped(DeviceDescription description) {
   for (VringDescription& vring : description.vrings) vring.flags &= ~VringDescription::kRunning;
@@ -282,71 +270,6 @@ TEST_CASE("several devices in one shard; one leaves, the other stays") {
   shard.run_commands();
   check_serves(first, shard);
 }
-
-namespace {
-
-// A shard that runs its own loop in a thread, with a wake ring that nobody writes: wake-ups come by command.
-class RunningShard {
- public:
-  RunningShard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag, Polling polling) : tag_(tag) {
-    ShardConfig config;
-    config.segment = &world.segment();
-    config.fence = &fence.view();
-    config.polling = polling;
-    config.tsc_hz = 1'000'000'000;
-    UniqueFd ring{::memfd_create("wake", MFD_CLOEXEC)};
-    if (::ftruncate(ring.get(), 8192) != 0) std::abort();
-    auto wake = WakeRing::open(std::move(ring));
-    if (!wake) std::abort();
-    auto made = Shard::make(config, std::move(*wake), DeadManSwitch{});
-    if (!made) std::abort();
-    shard_ = std::move(*made);
-    thread_ = std::thread([this] { shard_->run(); });
-    shard_->post(AttachCommand{world.make_ports()});
-    shard_->post(DescribeCommand{world.make_device(world.describe(1))});
-    shard_->post(ArmCommand{tag, nullptr});
-  }
-  ~RunningShard() { stop(); }
-  void stop() {
-    if (!thread_.joinable()) return;
-    shard_->post(StopCommand{});
-    thread_.join();
-  }
-  void wake() { shard_->post(ArmCommand{tag_, nullptr}); }
-  // Waits until the shard has said `Event`; false after ten seconds.
-  template <class Event>
-  bool heard() {
-    for (;;) {
-      if (!only<Event>(shard_->take_events()).empty()) return true;
-      pollfd ready{shard_->event_fd(), POLLIN, 0};
-      if (::poll(&ready, 1, 10'000) <= 0) return false;
-    }
-  }
-
- private:
-  std::uint32_t tag_;
-  std::unique_ptr<Shard> shard_;
-  std::thread thread_;
-};
-
-// Plays guest and kernel beside running shards until `enough` packets have come out at either end.
-bool exchange(EngineWorld& world, Flows& flows, std::uint32_t enough) {
-  std::vector<std::byte> packet;
-  const std::uint64_t give_up = monotonic_ns() + 20'000'000'000u;
-  while (flows.uplink.arrived() < enough || flows.guest.arrived() < enough) {
-    if (monotonic_ns() > give_up) return false;
-    if (flows.from_guest < enough) flows.send(world, 3, 0);
-    if (flows.from_uplink < enough) flows.send(world, 0, 3);
-    while (const auto bytes = world.kernels[0].send()) flows.uplink.note(*bytes);
-    world.kernels[0].complete();
-    world.nics[0].reap();
-    while (world.nics[0].take(packet)) flows.guest.note(packet);
-    world.nics[0].post();
-  }
-  return true;
-}
-
-}  // namespace
 
 TEST_CASE("running threads: traffic through a succession of owners") {
   for (const Polling polling : {Polling::kAlways, Polling::kAdaptive}) {

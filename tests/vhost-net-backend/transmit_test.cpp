@@ -161,3 +161,34 @@ TEST_CASE("completions: bits are cleared in any order; addresses that are no tra
   drain_completions(bench.pair());
   CHECK(bench.kernel().word(description.completion.mmap_offset + description.completion.consumer) == 4 + 64);
 }
+
+// CVE-2024-11614, CVE-2026-100236: fields of the virtio header that point beyond the packet. No offload is offered, so
+// nothing may be read from the header: the packet goes out as it is, whatever the header says.
+TEST_CASE("transmit: a header that asks for offloads changes nothing") {
+  struct Header {
+    std::uint8_t flags, gso_type;
+    std::uint16_t header_length, gso_size, checksum_start, checksum_offset, buffers;
+  };
+  static_assert(sizeof(Header) == 12);
+  constexpr std::uint8_t kNeedsChecksum = 1, kTcp4 = 1, kUdp = 3, kTcp6 = 4;
+  const Header headers[] = {
+      {kNeedsChecksum, 0, 0, 0, 0xffff, 0xffff, 0},
+      {kNeedsChecksum, 0, 0, 0, 59, 1, 0},
+      {kNeedsChecksum, kTcp4, 0xffff, 0xffff, 0xffff, 16, 0xffff},
+      {kNeedsChecksum, kTcp6, 61, 1, 60, 0, 0},
+      {0, kUdp, 0, 0, 0, 0, 0},
+      {0xff, 0xff, 0xffff, 0, 0xffff, 0xffff, 0xffff},
+  };
+  for (const Header& header : headers) {
+    INFO("flags " << int{header.flags} << ", GSO type " << int{header.gso_type});
+    Bench bench(small_world());
+    Ledger out(kFlow), in(kFlow);
+    REQUIRE(send_from_guest(bench.world, kFlow, 0, 4) == 4);
+    for (std::uint32_t slot = 0; slot < 4; ++slot)
+      std::memcpy(bench.world.space.at(bench.nic().transmit_slot(slot)), &header, sizeof header);
+    drain(bench.world, bench.owner, out, in);
+    CHECK(out.finish(4).clean());
+    CHECK(bench.state().transmit.packets == 4);
+    check_rest(bench);
+  }
+}

@@ -244,6 +244,20 @@ TEST_CASE("mistakes are refused with the remedy") {
   CHECK(option.error().text.find(row.says) != std::string::npos);
 }
 
+// They go into JSON, logs and tables; a surrogate once ended tandemd, whose JSON library throws at it.
+TEST_CASE("names that are no text are refused") {
+  for (const char* name : {"&#xD800;", "&#xDFFF;", "a&#27;[2J", "a\nb", "\x7f", "\xff", "\xc0\xaf", "\xe0\x80\xaf",
+                           "\xf5\x80\x80\x80", "\xf4\x90\x80\x80", "\xc3", "\xe2\x82"}) {
+    INFO(name);
+    const auto option = parse_domain_option(changed("<name>web</name>", std::string("<name>w") + name + "</name>"));
+    REQUIRE_FALSE(option.has_value());
+    CHECK(option.error().text.find("no text") != std::string::npos);
+  }
+  for (const char* name : {"\xc3\xa4", "\xe2\x82\xac", "\xf0\x9f\x90\xa2", "\xf4\x8f\xbf\xbf", "&amp;"})
+    CHECK(parse_domain_option(changed("<name>web</name>", std::string("<name>w") + name + "</name>")).has_value());
+  CHECK_FALSE(parse_domain_option(changed("<uuid>6c", "<uuid>\xff")).has_value());
+}
+
 TEST_CASE("hostile XML is harmless") {
   CHECK_FALSE(parse_domain_option("").has_value());
   CHECK_FALSE(parse_domain_option("<a/>").has_value());

@@ -302,3 +302,64 @@ TEST_CASE("values outside what was offered or defined") {
   logging.flags = 1;
   CHECK(mentions(reject(device, with(R::kSetVringAddr, logging)), "logging"));
 }
+
+// What is not offered is refused as a whole, whatever it carries: nothing of it is looked at, mapped or kept.
+// CVE-2020-10722 (log size plus offset overflows), CVE-2026-86563 (log offset applied twice), CVE-2021-3839 and
+// CVE-2026-86565 (counts of an inflight region believed).
+TEST_CASE("requests of features that are not offered are refused, whatever they carry") {
+  struct Log {
+    std::uint64_t size, offset;
+  };
+  struct Inflight {
+    std::uint64_t size, offset;
+    std::uint16_t queues, queue_size;
+    std::uint32_t padding = 0;
+  };
+  FrontEnd front_end;
+  const int fd = front_end.memory();
+  const int event = front_end.call_fd(0);
+  struct Row {
+    const char* what;
+    Message message;
+    const char* says;
+  };
+  const std::vector<Row> rows{
+      {"log, size and offset wrap", with(R::kSetLogBase, Log{kTop - 0xfff, 0x2000}, {fd}), "not supported"},
+      {"log larger than its file", with(R::kSetLogBase, Log{1ull << 40, 0}, {fd}), "not supported"},
+      {"log that would be right", with(R::kSetLogBase, Log{0x1000, 0x1000}, {fd}), "not supported"},
+      {"log without a descriptor", u64(R::kSetLogBase, 0x1000), "not supported"},
+      {"log eventfd", raw(R::kSetLogFd, {}, {event}), "not supported"},
+      {"inflight region, asked for", with(R::kGetInflightFd, Inflight{0, 0, 2, 256}), "not supported"},
+      {"inflight region, too many queues", with(R::kGetInflightFd, Inflight{0, 0, 0xffff, 0xffff}), "not supported"},
+      {"inflight region, given", with(R::kSetInflightFd, Inflight{0x1000, 0, 0xffff, 0xffff}, {fd}), "not supported"},
+      {"inflight region, wraps", with(R::kSetInflightFd, Inflight{kTop, 0x1000, 2, 256}, {fd}), "not supported"},
+      {"channel for our own requests", raw(R::kSetBackendReqFd, {}, {event}), "not supported"},
+      {"postcopy", raw(R::kPostcopyAdvise), "not supported"},
+      {"IOTLB", raw(R::kIotlbMsg, std::vector<std::byte>(32)), "not supported"},
+  };
+  auto device = ready_device(front_end);
+  play(device, front_end.qemu_start(1, false));
+  for (const Row& row : rows) {
+    INFO(row.what);
+    CHECK(mentions(reject(device, row.message), row.says));
+    CHECK(runs(device, 0));
+  }
+  for (const std::uint64_t feature : {protocol_feature::kLogShmfd, protocol_feature::kInflightShmfd,
+                                      protocol_feature::kBackendReq, protocol_feature::kPagefault}) {
+    CHECK((default_protocol_features() & feature) == 0);
+    CHECK(mentions(reject(device, u64(R::kSetProtocolFeatures, feature)), "offered"));
+  }
+}
+
+// CVE-2024-11614 (csum_start beyond the packet), CVE-2026-100236 (a GSO header longer than the packet): nothing here
+// reads those fields, because nobody may negotiate what they are for.
+TEST_CASE("offloads of the virtio header cannot be negotiated") {
+  FrontEnd front_end;
+  auto device = ready_device(front_end);
+  // CSUM, GUEST_CSUM, GUEST_TSO4, TSO6, ECN, UFO, HOST_TSO4, TSO6, ECN, UFO, LOG_ALL, HASH_REPORT, RSS, USO.
+  for (const unsigned bit : {0u, 1u, 7u, 8u, 9u, 10u, 11u, 12u, 13u, 14u, 26u, 54u, 55u, 56u, 57u, 60u}) {
+    INFO(bit);
+    CHECK((default_virtio_features() >> bit & 1) == 0);
+    CHECK(mentions(reject(device, u64(R::kSetFeatures, FrontEnd::kFeatures | 1ull << bit)), "offered"));
+  }
+}

@@ -54,7 +54,15 @@ struct signal_struct {
 struct task_struct {
   struct signal_struct* signal;
 } __attribute__((preserve_access_index));
-struct kernel_siginfo;
+/* si_code and si_pid of siginfo_t (sigaction(2)). */
+struct kernel_siginfo {
+  int si_code;
+  union {
+    struct {
+      int _pid;
+    } _kill;
+  } _sifields;
+} __attribute__((preserve_access_index));
 struct linux_binprm;
 
 struct {
@@ -91,7 +99,7 @@ static __always_inline void wake(__u32 ring, __u64 tag) {
 
 /* Deleting the watch entry is the claim: it trips once. `last_chance` goes on if the map was too busy to delete from;
  * the entry then stays until its tag is unwatched, which is better than a death nobody hears of. */
-static __always_inline void trip(__u32 tid, __u32 cause, __u32 signal, int last_chance) {
+static __always_inline void trip(__u32 tid, __u32 cause, __u32 signal, __u32 own_doing, int last_chance) {
   struct tandem_fence_watch* entry = bpf_map_lookup_elem(&watch, &tid);
   if (!entry) return;
   __u64 tag = entry->tag;
@@ -106,6 +114,7 @@ static __always_inline void trip(__u32 tid, __u32 cause, __u32 signal, int last_
   slot->cause = cause;
   slot->signal = signal;
   slot->tid = tid;
+  slot->own_doing = own_doing;
   /* BPF_XCHG is a full barrier on every JIT: who sees this tag sees the stores above and the thread's own before them.
    */
   __sync_lock_test_and_set(&slot->tag, tag);
@@ -123,23 +132,31 @@ static __always_inline int kills(int signal, const struct k_sigaction* action) {
   return !(task->signal->flags & SIGNAL_UNKILLABLE);
 }
 
+/* Whether the thread brought the signal upon itself: a fault (the kernel's codes are positive), or sent by its own
+ * process (abort). A group's death is told to each thread as a SIGKILL without information. */
+static __always_inline __u32 own_doing(int signal, const struct kernel_siginfo* info) {
+  if (signal == kSigKill || !info) return 0;
+  if (info->si_code > 0) return 1;
+  return (__u32)info->_sifields._kill._pid == (__u32)(bpf_get_current_pid_tgid() >> 32);
+}
+
 SEC("tp_btf/signal_deliver")
 int BPF_PROG(on_signal, int signal, struct kernel_siginfo* info, struct k_sigaction* action) {
   __u32 tid = (__u32)bpf_get_current_pid_tgid();
   /* Nearly every signal on a host is for somebody else: one hash lookup and out. */
   if (!bpf_map_lookup_elem(&watch, &tid)) return 0;
-  if (kills(signal, action)) trip(tid, TANDEM_FENCE_SIGNAL, (__u32)signal, 0);
+  if (kills(signal, action)) trip(tid, TANDEM_FENCE_SIGNAL, (__u32)signal, own_doing(signal, info), 0);
   return 0;
 }
 
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(on_exit) {
-  trip((__u32)bpf_get_current_pid_tgid(), TANDEM_FENCE_EXIT, 0, 1);
+  trip((__u32)bpf_get_current_pid_tgid(), TANDEM_FENCE_EXIT, 0, 0, 1);
   return 0;
 }
 
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(on_exec, struct task_struct* task, int old_tid, struct linux_binprm* program) {
-  trip((__u32)old_tid, TANDEM_FENCE_EXIT, 0, 1);
+  trip((__u32)old_tid, TANDEM_FENCE_EXIT, 0, 0, 1);
   return 0;
 }

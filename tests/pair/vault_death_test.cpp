@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vault dies: front ends lose their connections, come back within 2 s, and their traffic goes on; the pair stays.
+#include <sched.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "tests/pair/fixture.hpp"
+
+using namespace tandem;
+using namespace tandem::test;
+using namespace std::chrono_literals;
+
+namespace {
+
+/// The vault itself, not the process that starts it again.
+pid_t vault_of(const PairHost& host) {
+  const std::vector<pid_t> both = host.processes("tandem-vault");
+  for (const pid_t pid : both)
+    for (const pid_t parent : both)
+      if (proc_status(pid, "PPid") == std::to_string(parent)) return pid;
+  FAIL("no vault under a parent of its name");
+  return 0;
+}
+
+/// Frames come to the guest by every queue pair and go out by every one. A veth picks the queue by the sender's CPU:
+/// the test moves from one to the other, so that a flow may change its queue, and with it its order.
+void require_every_pair(PairHost& host, Traffic& traffic) {
+  cpu_set_t before;
+  REQUIRE(::sched_getaffinity(0, sizeof before, &before) == 0);
+  int turn = 0;
+  const bool all = traffic.pump_until([&] {
+    if (turn++ % 64 == 0) {
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(static_cast<unsigned>(turn / 64 % ::sysconf(_SC_NPROCESSORS_ONLN)), &one);
+      ::sched_setaffinity(0, sizeof one, &one);
+    }
+    const auto& pairs = traffic.by_pair();
+    return traffic.arrived_out() > 200 &&
+           std::all_of(pairs.begin(), pairs.end(), [](std::uint64_t frames) { return frames > 20; });
+  });
+  ::sched_setaffinity(0, sizeof before, &before);
+  for (const std::uint64_t frames : traffic.by_pair()) UNSCOPED_INFO(frames << " frames by a queue pair");
+  if (!all) FAIL("one of them stands still: " << host.nic(kMac).dump(2) << host.pair().dump(2));
+  const TrafficResult result = traffic.finish();
+  CAPTURE(result);
+  CHECK(result.lost == 0);
+  CHECK(result.duplicated == 0);
+  CHECK(result.corrupt == 0);
+}
+
+void kill_vault(std::uint32_t queue_pairs) {
+  PairHost host({.outside_queues = 2 * queue_pairs});
+  host.start();
+  require_domain(host, "one", {{.queues = queue_pairs}});
+  {
+    FrontEndOptions options;
+    options.queue_pairs = queue_pairs;
+    ScriptedFrontEnd guest = start_guest(host, kMac, options);
+    const std::vector<pid_t> backends = host.processes("tandem-backend");
+    for (const bool failover : {false, true}) {
+      INFO(queue_pairs << " queue pairs, " << (failover ? "with" : "without") << " a failover in between");
+      {
+        Traffic traffic(guest, kMac, {.flows_in = 8});
+        require_every_pair(host, traffic);
+      }
+      const auto died = std::chrono::steady_clock::now();
+      ::kill(vault_of(host), SIGKILL);
+      if (failover) ::kill(host.active(), SIGKILL);
+      REQUIRE(guest.wait_closed());
+      // QEMU tries once a second; here it is as soon as the socket answers.
+      REQUIRE(eventually([&] {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        const std::string path = host.nic_socket(kMac);
+        path.copy(address.sun_path, sizeof address.sun_path - 1);
+        const UniqueFd probe{::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+        return ::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+      }));
+      guest.reconnect(host.nic_socket(kMac));
+      guest.negotiate();
+      guest.resume();
+      const auto back = std::chrono::steady_clock::now() - died;
+      WARN("back after " << std::chrono::duration_cast<std::chrono::milliseconds>(back).count() << " ms");
+      CHECK(back < 2s);
+      Traffic traffic(guest, kMac, {.flows_in = 8});
+      require_every_pair(host, traffic);
+      if (!failover) CHECK(host.processes("tandem-backend") == backends);
+      REQUIRE(host.wait_paired());
+    }
+  }
+  require_clean_end(host, {"one"});
+}
+
+}  // namespace
+
+TEST_CASE("the vault is killed: the front end is back within 2 s, the pair stays") {
+  SKIP_UNLESS_PAIR();
+  kill_vault(1);
+}
+
+TEST_CASE("the vault is killed: several queue pairs come back") {
+  SKIP_UNLESS_PAIR();
+  kill_vault(2);
+}
+
+TEST_CASE("the vault is killed in mid-traffic: nobody hangs, nothing is corrupt") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    std::optional<Traffic> before(std::in_place, guest, kMac);
+    REQUIRE(before->pump_frames(200));
+    ::kill(vault_of(host), SIGKILL);
+    REQUIRE(before->pump_until([&] { return guest.readable(0ms); }));
+    REQUIRE(guest.wait_closed());
+    // Until tandemd has a new vault it answers all the same.
+    CHECK(host.status().value("ok", false));
+    REQUIRE(eventually([&] { return host.logged("attached to a new tandem-vault"); }));
+    guest.reconnect(host.nic_socket(kMac));
+    guest.negotiate();
+    guest.resume();
+    // What was in the virtqueues may come twice, as after any reconnection; nothing is lost or damaged.
+    const TrafficResult result = before->finish();
+    CAPTURE(result);
+    CHECK(result.lost == 0);
+    CHECK(result.corrupt == 0);
+    before.reset();
+    Traffic traffic(guest, kMac);
+    REQUIRE(traffic.pump_frames(200));
+    CHECK(traffic.finish().clean());
+  }
+  require_clean_end(host, {"one"});
+}
