@@ -99,9 +99,13 @@ Injected flip_heap(const Victim& victim, Random& random) {
 Injected corrupt_pointer(const Victim& victim, Random& random) {
   std::vector<Word> pointers = live_words(victim);
   std::erase_if(pointers, [&](const Word& word) { return victim.region_of(word.value) == nullptr; });
-  // Pointers into what it shares are few and are what the poll loop lives on: every second fault takes one of those.
+  // Pointers into guest memory, segment, frames and rings are few and are what the poll loop lives on: every second
+  // fault takes one of those.
   std::vector<Word> shared(pointers);
-  std::erase_if(shared, [&](const Word& word) { return !victim.region_of(word.value)->shared(); });
+  std::erase_if(shared, [&](const Word& word) {
+    const Region& region = *victim.region_of(word.value);
+    return !region.shared() || region.path.find("nohuge") != std::string::npos;
+  });
   const auto& from = below(random, 2) == 0 && !shared.empty() ? shared : pointers;
   if (from.empty()) return {};
   const Word& pointer = from[below(random, from.size())];
