@@ -109,8 +109,8 @@ bool World::front_ends_connected() {
 
 void World::describe_anew() {
   ScriptedFrontEnd& front_end = guests_[0]->front_end();
-  front_end.send_body(VhostUserRequest::kSetVringCall, std::uint64_t{0}, {{front_end.queue(0).call_fd}});
-  front_end.settle();
+  front_end.send_mem_table(/*need_reply=*/true);
+  CHECK(front_end.reply_u64(VhostUserRequest::kSetMemTable) == 0);
 }
 
 }  // namespace tandem::test

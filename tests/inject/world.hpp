@@ -36,7 +36,7 @@ class World {
   bool flows_go_on(std::uint64_t frames, std::chrono::milliseconds limit) const;
   /// Whether all front ends are connected and nothing was said to them that they had not asked for.
   bool front_ends_connected();
-  /// New descriptors for one vring: the owner has to take over a new description.
+  /// The first guest's memory table again: the owner has to take descriptors and map memory.
   void describe_anew();
 
  private:
