@@ -78,13 +78,14 @@ Run run_trial(World& world, FaultKind kind, std::uint64_t seed, std::uint64_t nu
   if (kind == FaultKind::kDescriptors || kind == FaultKind::kMemory) world.describe_anew();
   if (!end_at_once) eventually(look, kWindow);
   run.seen.died = look();
-  if (run.seen.died) {
-    run.seen.hung = run.incident["hang"].is_string();
-  } else {
-    // Also what has not shown itself ends, so that the next run has a whole victim, and its heir looks at what it left.
-    ::kill(pid, SIGKILL);
-  }
+  // Also what has not shown itself ends, so that the next run has a whole victim, and its heir looks at what it left.
+  if (!run.seen.died) ::kill(pid, SIGKILL);
   const bool incident = eventually(look);
+  if (incident) {
+    // On a busy machine an incident may be complete late: what it died of says whether that was us.
+    run.seen.hung = run.incident["hang"].is_string();
+    run.seen.died = run.seen.died || run.seen.hung || run.incident["cause"] != "SIGKILL";
+  }
   const bool paired = incident && host.wait_paired(pid);
   run.seen.queues_go_on = paired && world.flows_go_on(20, kSilence);
   look();
