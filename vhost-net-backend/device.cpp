@@ -64,7 +64,7 @@ Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& desc
     if ((vring.flags & VringDescription::kHasKick) != 0) bound.kick_fd = fds[next_fd++].get();
     if ((vring.flags & VringDescription::kHasCall) != 0) bound.call_fd = fds[next_fd++].get();
     if ((vring.flags & VringDescription::kRunning) != 0) {
-      auto queue = SplitQueue::bind(*device->memory_, vring, description.features);
+      auto queue = Virtqueue::bind(*device->memory_, vring, description.features);
       if (queue)
         bound.queue = *queue;
       else

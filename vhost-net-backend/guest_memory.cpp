@@ -13,12 +13,15 @@
 #include <cstring>
 #include <string>
 
+#include "vhost-net-backend/protection.hpp"
+
 namespace tandem {
 
 namespace {
 
 // The key of all windows, or -1. Allocated once, before any thread starts; the right to write is per thread (pkeys(7)).
 int window_key() {
+  if constexpr (!kProtected) return -1;
   static const int key = ::pkey_alloc(0, PKEY_DISABLE_WRITE);
   return key;
 }

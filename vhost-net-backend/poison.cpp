@@ -32,38 +32,56 @@ class ChainCapture {
  public:
   ChainCapture(const QueuePair& pair, PoisonPacket& packet) : pair_(pair), packet_(packet), skip_(pair.header_size) {}
 
-  void run(std::uint16_t head) {
-    const SplitQueue& queue = pair_.transmit.queue;
-    std::uint32_t index = head;
+  void run(const SplitQueue& queue, std::uint16_t position) {
+    std::uint32_t index = queue.avail_head(position);
     for (std::uint32_t n = 0; n < kCaptureDescriptors && index < queue.size(); ++n) {
       const vring_desc descriptor = queue.descriptor(static_cast<std::uint16_t>(index));
       if ((descriptor.flags & VRING_DESC_F_INDIRECT) != 0)
         table(descriptor);
       else
-        piece(descriptor);
+        piece(descriptor.addr, descriptor.len);
       if ((descriptor.flags & VRING_DESC_F_NEXT) == 0) return;
       index = descriptor.next;
+    }
+  }
+  void run(const PackedQueue& queue, std::uint16_t position) {
+    for (std::uint32_t n = 0; n < kCaptureDescriptors && queue.offers(position); ++n) {
+      const vring_packed_desc descriptor = queue.descriptor(PackedQueue::index(position));
+      if ((descriptor.flags & VRING_DESC_F_INDIRECT) != 0)
+        table(descriptor);
+      else
+        piece(descriptor.addr, descriptor.len);
+      if ((descriptor.flags & VRING_DESC_F_NEXT) == 0) return;
+      position = queue.next(position, 1);
     }
   }
 
  private:
+  // Entry `index` of an indirect table; false if it is not there.
+  template <class Descriptor>
+  bool read(const Descriptor& whole, std::uint32_t index, Descriptor& descriptor) const {
+    if (index >= whole.len / sizeof descriptor) return false;
+    const auto from = pair_.memory->view_some(whole.addr + index * sizeof descriptor, sizeof descriptor);
+    return from.size() == sizeof descriptor &&
+           copy_safely(reinterpret_cast<std::byte*>(&descriptor), from.data(), from.size()) == from.size();
+  }
+
   void table(const vring_desc& whole) {
-    std::uint32_t index = 0;
-    const auto entries = static_cast<std::uint32_t>(whole.len / sizeof(vring_desc));
-    for (std::uint32_t n = 0; n < kCaptureDescriptors && index < entries; ++n) {
-      vring_desc descriptor{};
-      auto* to = reinterpret_cast<std::byte*>(&descriptor);
-      const auto from = pair_.memory->view_some(whole.addr + index * sizeof descriptor, sizeof descriptor);
-      if (from.size() < sizeof descriptor || copy_safely(to, from.data(), from.size()) != from.size()) return;
-      if ((descriptor.flags & VRING_DESC_F_INDIRECT) == 0) piece(descriptor);
+    vring_desc descriptor{};
+    for (std::uint32_t n = 0, index = 0; n < kCaptureDescriptors && read(whole, index, descriptor); ++n) {
+      if ((descriptor.flags & VRING_DESC_F_INDIRECT) == 0) piece(descriptor.addr, descriptor.len);
       if ((descriptor.flags & VRING_DESC_F_NEXT) == 0) return;
       index = descriptor.next;
     }
   }
+  // Packed: entries follow each other.
+  void table(const vring_packed_desc& whole) {
+    vring_packed_desc descriptor{};
+    for (std::uint32_t index = 0; index < kCaptureDescriptors && read(whole, index, descriptor); ++index)
+      if ((descriptor.flags & VRING_DESC_F_INDIRECT) == 0) piece(descriptor.addr, descriptor.len);
+  }
 
-  void piece(const vring_desc& descriptor) {
-    std::uint64_t address = descriptor.addr;
-    std::uint64_t left = descriptor.len;
+  void piece(std::uint64_t address, std::uint64_t left) {
     const std::uint64_t skipped = std::min<std::uint64_t>(skip_, left);
     skip_ -= static_cast<std::uint32_t>(skipped);
     address += skipped;
@@ -111,17 +129,21 @@ std::optional<std::uint32_t> entries_ahead(const QueuePair& pair, PacketPhase ph
     const std::uint32_t ahead = position - pair.port->rx.consumer();
     return ahead < pair.port->rx.size() ? std::optional(ahead) : std::nullopt;
   }
+  if (!pair.transmit.queue.bound()) return std::nullopt;
   const auto avail = static_cast<std::uint16_t>(position);
-  const auto ahead = static_cast<std::uint16_t>(avail - pair.state->transmit.next_avail);
-  return transmit_position(pair, avail) == position && ahead < pair.transmit.queue.size()
-             ? std::optional<std::uint32_t>(ahead)
-             : std::nullopt;
+  return pair.transmit.queue.visit([&](const auto& queue) -> std::optional<std::uint32_t> {
+    const std::uint16_t next = pair.state->transmit.next_avail;
+    if (transmit_position(pair, avail) != position || !queue.is_position(avail) || !queue.is_position(next))
+      return std::nullopt;
+    const std::uint32_t ahead = queue.distance(next, avail);
+    return ahead < queue.size() ? std::optional(ahead) : std::nullopt;
+  });
 }
 
 bool is_waiting(const QueuePair& pair, PacketPhase phase) {
   return phase == PacketPhase::kReceive
              ? pair.can_receive() && pair.port->rx.producer() != pair.port->rx.consumer()
-             : pair.can_transmit() && pair.transmit.queue.avail_index() != pair.state->transmit.next_avail;
+             : pair.can_transmit() && pair.transmit.queue.offers(pair.state->transmit.next_avail);
 }
 
 void capture(const QueuePair& pair, const Direction& direction, const Suspect& suspect) {
@@ -135,7 +157,9 @@ void capture(const QueuePair& pair, const Direction& direction, const Suspect& s
     if (direction.phase == PacketPhase::kReceive)
       capture_received(pair, suspect.position, *packet);
     else
-      ChainCapture(pair, *packet).run(pair.transmit.queue.avail_head(static_cast<std::uint16_t>(suspect.position)));
+      pair.transmit.queue.visit([&](const auto& queue) {
+        ChainCapture(pair, *packet).run(queue, static_cast<std::uint16_t>(suspect.position));
+      });
     let_go(pair);
   }
   direction.suspected.packet = std::move(packet);

@@ -11,12 +11,14 @@
 
 #include "common/fence_view.hpp"
 #include "common/layout/segment.hpp"
+#include "vhost-net-backend/protection.hpp"
 #include "vhost-net-backend/queue_pair.hpp"
 
 namespace tandem {
 
 /// Says in the segment what this thread is about to touch.
 inline void take_in_hand(const QueuePair& pair, PacketPhase phase, std::uint32_t position) {
+  if constexpr (!kProtected) return;
   pair.shard->in_hand.store(pair.cursor | std::uint64_t{static_cast<std::uint32_t>(phase)} << 40 | position,
                             std::memory_order_relaxed);
   // Only this thread's own death reads it back, so no fence for other CPUs; but the compiler may not move what touches

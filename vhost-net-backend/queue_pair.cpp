@@ -16,6 +16,7 @@
 #include "vhost-net-backend/descriptor_chain.hpp"
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
+#include "vhost-net-backend/protection.hpp"
 
 namespace tandem {
 
@@ -56,13 +57,14 @@ void arm(QueuePair& pair) {
   RedoRecord& record = pair.shard->record;
   TANDEM_PROBE(kStaged);
   // The commit point. Release: payload, record and everything before it are visible to whoever sees the arm word.
-  record.arm.store(std::uint64_t{record.epoch} << 32 | record_crc(record), std::memory_order_release);
+  if constexpr (kProtected)
+    record.arm.store(std::uint64_t{record.epoch} << 32 | record_crc(record), std::memory_order_release);
   TANDEM_PROBE(kArmed);
 }
 
 void disarm(QueuePair& pair) {
   // Release: an heir that sees 0 sees everything that Apply did.
-  pair.shard->record.arm.store(0, std::memory_order_release);
+  if constexpr (kProtected) pair.shard->record.arm.store(0, std::memory_order_release);
   TANDEM_PROBE(kDisarmed);
 }
 
@@ -82,12 +84,17 @@ void apply_drop(const RedoRecord& record, Suspicion& suspicion) {
   suspicion.suspect.store(0, std::memory_order_relaxed);
 }
 
-void write_used_elements(const RedoRecord& record, const SplitQueue& queue) {
-  for (std::uint32_t i = 0; i < record.used_count; ++i)
-    queue.write_used(static_cast<std::uint16_t>(record.used_before + i), record.used[i].id, record.used[i].length);
+// In one store: the checksum reads it back in one load right afterwards, which would wait for several smaller stores.
+template <class Chain>
+void add_used(RedoRecord& record, const Chain& chain, std::uint32_t length) {
+  record.used[record.used_count++] = std::bit_cast<RedoUsed>(
+      std::uint64_t{chain.id()} | std::uint64_t{chain.slots()} << 16 | std::uint64_t{length} << 32);
 }
 
-void apply_transmit(QueuePair& pair) {
+std::span<const RedoUsed> used_of(const RedoRecord& record) { return {record.used, record.used_count}; }
+
+template <class Queue>
+void apply_transmit(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
   for (std::uint32_t i = 0; i < record.frame_count; ++i) {
@@ -100,25 +107,27 @@ void apply_transmit(QueuePair& pair) {
   TANDEM_PROBE(kDestinationWritten);
   port.tx.publish(record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
-  {
+  // A replay may find them given back: then the guest may have taken them and reused the same slots.
+  if (!queue.is_published(record.used_before)) {
     const WindowOpen window;
-    write_used_elements(record, pair.transmit.queue);
+    queue.write_used(used_of(record), record.used_before);
     TANDEM_PROBE(kSourceWritten);
-    pair.transmit.queue.publish_used(record.used_after);
+    queue.publish_used(used_of(record), record.used_before, record.used_after);
   }
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->transmit);
   apply_drop(record, pair.state->transmit_suspicion);
 }
 
-void apply_receive(QueuePair& pair) {
+template <class Queue>
+void apply_receive(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
-  {
+  if (!queue.is_published(record.used_before)) {  // as in apply_transmit()
     const WindowOpen window;
-    write_used_elements(record, pair.receive.queue);
+    queue.write_used(used_of(record), record.used_before);
     TANDEM_PROBE(kDestinationWritten);
-    pair.receive.queue.publish_used(record.used_after);
+    queue.publish_used(used_of(record), record.used_before, record.used_after);
   }
   TANDEM_PROBE(kDestinationPublished);
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
@@ -138,8 +147,9 @@ void call(const BoundQueue& bound) {
   [[maybe_unused]] const ssize_t written = ::write(bound.call_fd, &one, sizeof one);
 }
 
-void call_if_wanted(const BoundQueue& bound, std::uint16_t before, std::uint16_t after) {
-  if (before != after && bound.queue.wants_call(before, after)) call(bound);
+template <class Queue>
+void call_if_wanted(const BoundQueue& bound, const Queue& queue, std::uint16_t before, std::uint16_t after) {
+  if (before != after && queue.wants_call(before, after)) call(bound);
 }
 
 void count_transaction(ShardState& shard) {
@@ -153,17 +163,28 @@ void stage_drop(RedoRecord& record, Suspicion& suspicion) {
   suspicion.poisoned_after = suspicion.poisoned + 1;
 }
 
-// Entries that the guest has made available; stops the queue if it claims more than the ring holds, or its memory has
-// gone.
-std::uint32_t available(const GuestMemory& memory, const SplitQueue& queue, VringCursors& vring) {
-  const std::uint16_t ahead = static_cast<std::uint16_t>(queue.avail_index() - vring.next_avail);
+// False, and the queue stopped, if what the guest has made available cannot be true, or its memory has gone.
+template <class Queue>
+bool usable(const GuestMemory& memory, const typename Queue::Supply& supply, VringCursors& vring) {
   if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
-    return 0;
+    return false;
   }
-  if (ahead <= queue.size()) return ahead;
-  vring.fault.store(QueueFault::kAvailJump, std::memory_order_release);
-  return 0;
+  if (supply.plausible()) return true;
+  vring.fault.store(Queue::kImplausible, std::memory_order_release);
+  return false;
+}
+
+// After staging, before arming. False, and the queue stopped, if what was staged came from nowhere, or if there is
+// nothing because the first chain has no end (`endless`; what precedes such a chain is moved first).
+bool may_go_on(const QueuePair& pair, VringCursors& vring, bool endless, bool staged) {
+  if (pair.memory->faulted())
+    vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
+  else if (endless && !staged)
+    vring.fault.store(QueueFault::kEndlessChain, std::memory_order_release);
+  else
+    return staged;
+  return false;
 }
 
 // Hands out transmit frames that are neither busy nor given out in this burst. It passes over each word of the bitmap
@@ -199,8 +220,8 @@ class FramePicker {
 
 // Copies a transmit chain's payload (all but the virtio header) to `frame`. Returns its length, 0 with `fault` set if
 // refused.
-std::uint32_t gather(QueuePair& pair, std::uint16_t head, std::byte* frame, ChainFault& fault) {
-  ChainWalker chain(*pair.memory, pair.transmit.queue, head, /*writable=*/false);
+template <class Chain>
+std::uint32_t gather(QueuePair& pair, Chain& chain, std::byte* frame, ChainFault& fault) {
   const std::uint32_t room = pair.port->description().max_packet;
   std::uint32_t skip = pair.header_size;  // the header may span several descriptors
   std::uint32_t filled = 0;
@@ -240,9 +261,13 @@ std::uint32_t gather(QueuePair& pair, std::uint16_t head, std::byte* frame, Chai
 
 // Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
 // included).
+template <class Queue>
 class Scatter {
  public:
-  Scatter(QueuePair& pair, std::uint16_t head) : pair_(pair), chain_(*pair.memory, pair.receive.queue, head, true) {}
+  Scatter(const GuestMemory& memory, const Queue& queue, std::uint16_t position, std::uint32_t taken)
+      : memory_(memory), chain_(memory, queue, position, /*writable=*/true, taken) {}
+  // For giving it back.
+  [[nodiscard]] typename Queue::Chain& chain() { return chain_; }
 
   // Appends `size` bytes; returns how many found room.
   std::size_t write(const std::byte* data, std::size_t size) {
@@ -270,7 +295,7 @@ class Scatter {
       if (!chain_.next(address_, length)) return false;
       left_ = length;
     }
-    span_ = pair_.memory->authorize_some(address_, left_);
+    span_ = memory_.authorize_some(address_, left_);
     used_ = 0;
     if (span_.size() == 0) {
       fault_ = ChainFault::kAddress;
@@ -281,8 +306,8 @@ class Scatter {
     return true;
   }
 
-  QueuePair& pair_;
-  ChainWalker chain_;
+  const GuestMemory& memory_;
+  typename Queue::Chain chain_;
   WritableSpan span_;
   std::size_t used_ = 0;
   std::uint64_t address_ = 0;
@@ -290,39 +315,47 @@ class Scatter {
   ChainFault fault_ = ChainFault::kNone;
 };
 
-struct Placed {
-  enum { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge } result;
-  std::uint32_t heads;  ///< avail entries used up, whatever the result
+// How far a burst has come in a ring.
+struct Progress {
+  std::uint16_t position;   ///< where the next chain begins
+  std::uint32_t slots = 0;  ///< taken since the burst began
 };
 
-// Places one packet into receive buffers from avail entry record.avail_before + `offset`; adds used elements to the
-// record.
-Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std::uint32_t offset,
-             std::uint32_t ready) {
+enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEndless };
+
+// Places one packet into receive buffers from `at` on, and adds used elements to the record. Moves `at` past what was
+// used up, whatever the result; after kNoBuffers it stands where there were none.
+template <class Queue>
+Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply, const std::byte* packet,
+             std::uint32_t length, Progress& at) {
   RedoRecord& record = pair.shard->record;
-  const SplitQueue& queue = pair.receive.queue;
   const std::uint16_t first_used = record.used_count;
+  const Progress begin = at;
+  // The packet is given up, and what it had taken goes back empty: partly written, and the ring's order must be kept.
+  const auto give_back_empty = [&record, first_used] {
+    for (std::uint32_t i = first_used; i < record.used_count; ++i) record.used[i].length = 0;
+  };
   std::byte* buffers_field[sizeof(std::uint16_t)] = {};
-  std::uint32_t heads = 0;
+  std::uint32_t buffers = 0;
   std::uint32_t done = 0;
   do {
-    if (heads > 0 && !pair.mergeable) {
-      record.used_count = first_used;
-      record.used[record.used_count++].length = 0;  // the chain goes back empty, the packet is dropped
-      return {Placed::kTooLarge, 1};
+    if (buffers > 0 && !pair.mergeable) {
+      give_back_empty();
+      return Placed::kTooLarge;
     }
-    if (offset + heads >= ready) {
+    if (!supply.has(at.position, at.slots)) {
       record.used_count = first_used;
-      return {Placed::kNoBuffers, 0};
+      return Placed::kNoBuffers;
     }
     if (record.used_count == kBurstUsed) {
       record.used_count = first_used;
-      return {first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom, 0};
+      at = begin;
+      return first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom;
     }
-    const std::uint16_t head = queue.avail_head(static_cast<std::uint16_t>(record.avail_before + offset + heads));
-    Scatter scatter(pair, head);
+    Scatter scatter(*pair.memory, queue, at.position, at.slots);
     std::uint32_t written = 0;
-    if (heads == 0) {
+    bool complete = true;  // the header is in
+    if (buffers == 0) {
       // All fields zero: no offloads. num_buffers, the last two bytes of 12, is known only at the end.
       static constexpr std::byte kHeader[kLongHeader] = {};
       written = static_cast<std::uint32_t>(scatter.write(kHeader, std::min(pair.header_size, kBuffersAt)));
@@ -330,35 +363,211 @@ Placed place(QueuePair& pair, const std::byte* packet, std::uint32_t length, std
         buffers_field[i - kBuffersAt] = scatter.position();
         written += static_cast<std::uint32_t>(scatter.write(kHeader, 1));
       }
-      if (written < pair.header_size) {
-        record.used[record.used_count++] = {head, 0};
-        return {Placed::kBadChain, 1};
-      }
+      complete = written == pair.header_size;
     }
-    const auto copied = static_cast<std::uint32_t>(scatter.write(packet + done, length - done));
-    done += copied;
-    written += copied;
-    if (scatter.fault() != ChainFault::kNone || (written == 0 && done < length)) {
-      // The whole packet is given up; the heads before this one are given back to be used again, this one goes back
-      // empty.
+    if (complete) {
+      const auto copied = static_cast<std::uint32_t>(scatter.write(packet + done, length - done));
+      done += copied;
+      written += copied;
+    }
+    auto& chain = scatter.chain();
+    if (!chain.finish()) {
       record.used_count = first_used;
-      if (heads > 0) {
-        // Return all of them empty: their content was partly written and their order in the ring must be kept.
-        for (std::uint32_t i = 0; i < heads; ++i) record.used[record.used_count++].length = 0;
-      }
-      record.used[record.used_count++] = {head, 0};
-      return {Placed::kBadChain, heads + 1};
+      at = begin;
+      return Placed::kEndless;
     }
-    record.used[record.used_count++] = {head, written};
-    ++heads;
+    add_used(record, chain, written);
+    at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
+    if (!complete || scatter.fault() != ChainFault::kNone || (written == 0 && done < length)) {
+      give_back_empty();
+      return Placed::kBadChain;
+    }
+    ++buffers;
   } while (done < length);
   if (pair.header_size == kLongHeader) {
     // num_buffers, little endian with VERSION_1; guest-endian before, which is little endian on every host Tandem runs
     // on.
-    *buffers_field[0] = static_cast<std::byte>(heads & 0xffu);
-    *buffers_field[1] = static_cast<std::byte>(heads >> 8);
+    *buffers_field[0] = static_cast<std::byte>(buffers & 0xffu);
+    *buffers_field[1] = static_cast<std::byte>(buffers >> 8);
   }
-  return {Placed::kDone, heads};
+  return Placed::kDone;
+}
+
+// The bursts, for either layout.
+
+template <class Queue>
+std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
+  VringCursors& vring = pair.state->transmit;
+  XskPort& port = *pair.port;
+  const auto supply = queue.supply(vring.next_avail, vring.next_used);
+  Progress at{vring.next_avail};
+  if (!usable<Queue>(*pair.memory, supply, vring) || !supply.has(at.position, 0)) return 0;
+  drain_completions(pair);
+  const std::uint32_t producer = port.tx.producer();
+  const std::uint32_t room = port.tx.size() - std::min(producer - port.tx.consumer(), port.tx.size());
+  RedoRecord& record = pair.shard->record;
+  begin_record(pair, RedoKind::kTransmit, vring);
+  record.producer_before = producer;
+  FramePicker frames(pair);
+  const Suspected& suspect = pair.transmit_suspect;
+  bool no_room = false, endless = false, drop = false;
+  while (record.used_count < kBurstPackets && !drop && supply.has(at.position, at.slots)) {
+    const std::uint32_t frame = frames.peek();
+    no_room = frame == kTransmitFrames || record.frame_count >= room;
+    if (no_room) break;
+    const std::uint32_t position = transmit_position(pair, at.position);
+    take_in_hand(pair, PacketPhase::kTransmit, position);
+    if (suspect.is_condemned(position)) [[unlikely]] {
+      drop = record.used_count == 0 && suspect.packet;
+      if (!drop) break;
+    }
+    const std::uint64_t address = port.transmit_address(frame);
+    ChainFault fault = ChainFault::kPoison;
+    typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
+    const std::uint32_t length =
+        drop ? 0 : gather(pair, chain, port.frame(address, port.description().frame_size), fault);
+    TANDEM_PROBE_PACKET(port.frame(address, length), length);
+    endless = !chain.finish();
+    if (endless) break;
+    add_used(record, chain, 0);
+    at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
+    if (fault != ChainFault::kNone) {
+      ++record.dropped_after;
+      continue;
+    }
+    frames.take(frame);
+    record.frames[record.frame_count++] = {address, length, 0};
+    ++record.packets_after;
+    record.bytes_after += length;
+  }
+  if (no_room) pair.transmit_pending = true;  // the kernel has to finish some first
+  if (!may_go_on(pair, vring, endless, record.used_count != 0)) {
+    let_go(pair);
+    return 0;
+  }
+  record.producer_after = producer + record.frame_count;
+  record.avail_after = at.position;
+  record.used_after = queue.next(record.used_before, at.slots);
+  pair.frame_hint = frames.hint();
+  if (drop) stage_drop(record, pair.state->transmit_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
+  arm(pair);
+  apply_transmit(pair, queue);
+  disarm(pair);
+  let_go(pair);
+  count_transaction(*pair.shard);
+  call_if_wanted(pair.transmit, queue, record.used_before, record.used_after);
+  pair.transmit_pending = !port.wake_transmit() || no_room;
+  TANDEM_PROBE(kNotified);
+  return record.used_count;
+}
+
+template <class Queue>
+std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
+  VringCursors& vring = pair.state->receive;
+  XskPort& port = *pair.port;
+  const std::uint32_t consumer = port.rx.consumer();
+  const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
+  if (waiting == 0) return 0;
+  const auto supply = queue.supply(vring.next_avail, vring.next_used);
+  if (!usable<Queue>(*pair.memory, supply, vring)) return 0;
+  std::uint32_t starved = 0;
+  RedoRecord& record = pair.shard->record;
+  begin_record(pair, RedoKind::kReceive, vring);
+  const Suspected& suspect = pair.receive_suspect;
+  Progress at{vring.next_avail};
+  std::uint32_t taken = 0;
+  bool endless = false, drop = false;
+  {
+    const WindowOpen window;
+    for (; taken < waiting && !drop; ++taken) {
+      take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
+      if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
+        drop = taken == 0 && suspect.packet;
+        if (!drop) break;
+      }
+      const xdp_desc& descriptor = port.rx.at(consumer + taken);
+      const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
+      if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
+        ++record.dropped_after;  // poison; or the kernel does not do this, a damaged ring does
+        if (port.is_receive_frame(descriptor.addr))
+          record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
+        continue;
+      }
+      TANDEM_PROBE_PACKET(packet, descriptor.len);
+      Progress after = at;
+      const Placed placed = place(pair, queue, supply, packet, descriptor.len, after);
+      endless = placed == Placed::kEndless;
+      if (endless || placed == Placed::kNoRecordRoom) break;
+      if (placed == Placed::kNoBuffers) {
+        pair.starved_avail = after.position;
+        starved = kStarvedMark | pair.starved_avail;
+        break;
+      }
+      at = after;
+      if (placed == Placed::kDone) {
+        ++record.packets_after;
+        record.bytes_after += descriptor.len;
+      } else {
+        ++record.dropped_after;
+      }
+      record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
+    }
+  }
+  // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
+  pair.receive_starved = starved != 0;
+  vring.starved = starved;
+  if (!may_go_on(pair, vring, endless, taken != 0)) {
+    let_go(pair);
+    return 0;
+  }
+  record.consumer_before = consumer;
+  record.consumer_after = consumer + taken;
+  record.producer_before = port.fill.producer();
+  record.producer_after = record.producer_before + record.frame_count;
+  record.avail_after = at.position;
+  record.used_after = queue.next(record.used_before, at.slots);
+  if (drop) stage_drop(record, pair.state->receive_suspicion);
+  take_in_hand(pair, PacketPhase::kApply, record.epoch);
+  arm(pair);
+  apply_receive(pair, queue);
+  disarm(pair);
+  let_go(pair);
+  count_transaction(*pair.shard);
+  call_if_wanted(pair.receive, queue, record.used_before, record.used_after);
+  TANDEM_PROBE(kNotified);
+  return taken;
+}
+
+// Whether a record fits what is found in segment and rings: each cursor as it was before the burst or as it is to be
+// after it.
+template <class Queue>
+bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCursors& vring, const Queue& queue) {
+  const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
+    return found == before || found == after;
+  };
+  std::uint32_t slots = 0;
+  for (const RedoUsed& used : used_of(record)) {
+    if (!queue.is_extent(1, used.slots)) return false;
+    slots += used.slots;
+  }
+  if (!queue.is_extent(record.used_count, slots) || !queue.is_position(record.avail_before) ||
+      !queue.is_position(record.used_before) || queue.next(record.avail_before, slots) != record.avail_after ||
+      queue.next(record.used_before, slots) != record.used_after ||
+      !either(vring.next_avail, record.avail_before, record.avail_after) ||
+      !either(vring.next_used, record.used_before, record.used_after))
+    return false;
+  const bool transmit = record.kind == RedoKind::kTransmit;
+  const std::uint32_t producer = transmit ? pair.port->tx.producer() : pair.port->fill.producer();
+  if (!either(producer, record.producer_before, record.producer_after) ||
+      record.producer_after - record.producer_before != record.frame_count)
+    return false;
+  if (!transmit && !either(pair.port->rx.consumer(), record.consumer_before, record.consumer_after)) return false;
+  return std::all_of(record.frames, record.frames + record.frame_count, [&](const RedoFrame& frame) {
+    return transmit ? pair.port->transmit_frame(frame.address) < kTransmitFrames &&
+                          pair.port->frame(frame.address, frame.length) != nullptr
+                    : pair.port->is_receive_frame(frame.address);
+  });
 }
 
 }  // namespace
@@ -380,151 +589,11 @@ void drain_completions(QueuePair& pair) {
 }
 
 std::uint32_t transmit_burst(QueuePair& pair) {
-  VringCursors& vring = pair.state->transmit;
-  const SplitQueue& queue = pair.transmit.queue;
-  XskPort& port = *pair.port;
-  const std::uint32_t ready = std::min(available(*pair.memory, queue, vring), kBurstPackets);
-  if (ready == 0) return 0;
-  drain_completions(pair);
-  const std::uint32_t producer = port.tx.producer();
-  const std::uint32_t room = port.tx.size() - std::min(producer - port.tx.consumer(), port.tx.size());
-  RedoRecord& record = pair.shard->record;
-  begin_record(pair, RedoKind::kTransmit, vring);
-  record.producer_before = producer;
-  FramePicker frames(pair);
-  const Suspected& suspect = pair.transmit_suspect;
-  bool drop = false;
-  std::uint32_t entries = 0;
-  for (; entries < ready && !drop && record.frame_count < room; ++entries) {
-    const std::uint32_t frame = frames.peek();
-    if (frame == kTransmitFrames) break;
-    const auto avail = static_cast<std::uint16_t>(vring.next_avail + entries);
-    const std::uint32_t position = transmit_position(pair, avail);
-    take_in_hand(pair, PacketPhase::kTransmit, position);
-    if (suspect.is_condemned(position)) [[unlikely]] {
-      drop = entries == 0 && suspect.packet;
-      if (!drop) break;
-    }
-    const std::uint16_t head = queue.avail_head(avail);
-    const std::uint64_t address = port.transmit_address(frame);
-    ChainFault fault = ChainFault::kPoison;
-    const std::uint32_t length =
-        drop ? 0 : gather(pair, head, port.frame(address, port.description().frame_size), fault);
-    TANDEM_PROBE_PACKET(port.frame(address, length), length);
-    record.used[record.used_count++] = {head, 0};
-    if (fault != ChainFault::kNone) {
-      ++record.dropped_after;
-      continue;
-    }
-    frames.take(frame);
-    record.frames[record.frame_count++] = {address, length, 0};
-    ++record.packets_after;
-    record.bytes_after += length;
-  }
-  if (entries < ready) pair.transmit_pending = true;  // no frame or no room: the kernel has to finish some first
-  if (entries == 0) {
-    let_go(pair);
-    return 0;
-  }
-  if (pair.memory->faulted()) {
-    let_go(pair);
-    vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
-    return 0;
-  }
-  record.producer_after = producer + record.frame_count;
-  record.avail_after = static_cast<std::uint16_t>(record.avail_before + entries);
-  record.used_after = static_cast<std::uint16_t>(record.used_before + record.used_count);
-  pair.frame_hint = frames.hint();
-  if (drop) stage_drop(record, pair.state->transmit_suspicion);
-  take_in_hand(pair, PacketPhase::kApply, record.epoch);
-  arm(pair);
-  apply_transmit(pair);
-  disarm(pair);
-  let_go(pair);
-  count_transaction(*pair.shard);
-  call_if_wanted(pair.transmit, record.used_before, record.used_after);
-  pair.transmit_pending = !port.wake_transmit() || entries < ready;
-  TANDEM_PROBE(kNotified);
-  return entries;
+  return pair.transmit.queue.visit([&](const auto& queue) { return transmit_from(pair, queue); });
 }
 
 std::uint32_t receive_burst(QueuePair& pair) {
-  VringCursors& vring = pair.state->receive;
-  XskPort& port = *pair.port;
-  const std::uint32_t consumer = port.rx.consumer();
-  const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
-  if (waiting == 0) return 0;
-  const std::uint32_t ready = available(*pair.memory, pair.receive.queue, vring);
-  if (vring.fault.load(std::memory_order_relaxed) != QueueFault::kNone) return 0;
-  std::uint32_t starved = 0;
-  RedoRecord& record = pair.shard->record;
-  begin_record(pair, RedoKind::kReceive, vring);
-  const Suspected& suspect = pair.receive_suspect;
-  bool drop = false;
-  std::uint32_t taken = 0;
-  std::uint32_t heads = 0;
-  {
-    const WindowOpen window;
-    for (; taken < waiting && !drop; ++taken) {
-      take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
-      if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
-        drop = taken == 0 && suspect.packet;
-        if (!drop) break;
-      }
-      const xdp_desc& descriptor = port.rx.at(consumer + taken);
-      const std::byte* packet = port.frame(descriptor.addr, descriptor.len);
-      if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
-        ++record.dropped_after;  // poison; or the kernel does not do this, a damaged ring does
-        if (port.is_receive_frame(descriptor.addr))
-          record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
-        continue;
-      }
-      TANDEM_PROBE_PACKET(packet, descriptor.len);
-      const Placed placed = place(pair, packet, descriptor.len, heads, ready);
-      if (placed.result == Placed::kNoRecordRoom) break;
-      if (placed.result == Placed::kNoBuffers) {
-        pair.starved_avail = static_cast<std::uint16_t>(vring.next_avail + ready);
-        starved = kStarvedMark | pair.starved_avail;
-        break;
-      }
-      heads += placed.heads;
-      if (placed.result == Placed::kDone) {
-        ++record.packets_after;
-        record.bytes_after += descriptor.len;
-      } else {
-        ++record.dropped_after;
-      }
-      record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
-    }
-  }
-  // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
-  pair.receive_starved = starved != 0;
-  vring.starved = starved;
-  if (taken == 0) {
-    let_go(pair);
-    return 0;
-  }
-  if (pair.memory->faulted()) {
-    let_go(pair);
-    vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
-    return 0;
-  }
-  record.consumer_before = consumer;
-  record.consumer_after = consumer + taken;
-  record.producer_before = port.fill.producer();
-  record.producer_after = record.producer_before + record.frame_count;
-  record.avail_after = static_cast<std::uint16_t>(record.avail_before + heads);
-  record.used_after = static_cast<std::uint16_t>(record.used_before + record.used_count);
-  if (drop) stage_drop(record, pair.state->receive_suspicion);
-  take_in_hand(pair, PacketPhase::kApply, record.epoch);
-  arm(pair);
-  apply_receive(pair);
-  disarm(pair);
-  let_go(pair);
-  count_transaction(*pair.shard);
-  call_if_wanted(pair.receive, record.used_before, record.used_after);
-  TANDEM_PROBE(kNotified);
-  return taken;
+  return pair.receive.queue.visit([&](const auto& queue) { return receive_into(pair, queue); });
 }
 
 void notify_all(QueuePair& pair) {
@@ -544,47 +613,30 @@ bool record_is_valid(const RedoRecord& record) {
 }
 
 ReplayResult replay(QueuePair& pair) {
-  RedoRecord& record = pair.shard->record;
+  const RedoRecord& record = pair.shard->record;
   const bool transmit = record.kind == RedoKind::kTransmit;
   VringCursors& vring = transmit ? pair.state->transmit : pair.state->receive;
   const BoundQueue& bound = transmit ? pair.transmit : pair.receive;
-  const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
-    return found == before || found == after;
-  };
-  bool sane = bound.queue.bound() && either(vring.next_avail, record.avail_before, record.avail_after) &&
-              either(vring.next_used, record.used_before, record.used_after) &&
-              static_cast<std::uint16_t>(record.used_after - record.used_before) == record.used_count;
-  const auto& destination_producer = transmit ? pair.port->tx.producer() : pair.port->fill.producer();
-  sane = sane && either(destination_producer, record.producer_before, record.producer_after) &&
-         record.producer_after - record.producer_before == record.frame_count;
-  if (!transmit) sane = sane && either(pair.port->rx.consumer(), record.consumer_before, record.consumer_after);
-  for (std::uint32_t i = 0; sane && i < record.frame_count; ++i) {
-    const RedoFrame& frame = record.frames[i];
-    sane = transmit ? pair.port->transmit_frame(frame.address) < kTransmitFrames &&
-                          pair.port->frame(frame.address, frame.length) != nullptr
-                    : pair.port->is_receive_frame(frame.address);
-  }
-  if (!sane) {
-    vring.fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
-    disarm(pair);
-    return ReplayResult::kInvalid;
-  }
-  take_in_hand(pair, PacketPhase::kApply, record.epoch);
-  if (transmit)
-    apply_transmit(pair);
-  else
-    apply_receive(pair);
+  const bool fits = bound.queue.bound() && bound.queue.visit([&](const auto& queue) {
+    if (!record_fits(pair, record, vring, queue)) return false;
+    take_in_hand(pair, PacketPhase::kApply, record.epoch);
+    if (transmit)
+      apply_transmit(pair, queue);
+    else
+      apply_receive(pair, queue);
+    return true;
+  });
+  if (!fits) vring.fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
   disarm(pair);
   let_go(pair);
-  return ReplayResult::kReplayed;
+  return fits ? ReplayResult::kReplayed : ReplayResult::kInvalid;
 }
 
 bool has_work(const QueuePair& pair) {
-  if (pair.can_transmit() && !pair.transmit_pending &&
-      pair.transmit.queue.avail_index() != pair.state->transmit.next_avail)
+  if (pair.can_transmit() && !pair.transmit_pending && pair.transmit.queue.offers(pair.state->transmit.next_avail))
     return true;
   if (!pair.can_receive() || pair.port->rx.producer() == pair.port->rx.consumer()) return false;
-  return !pair.receive_starved || pair.receive.queue.avail_index() != pair.starved_avail;
+  return !pair.receive_starved || pair.receive.queue.offers(pair.starved_avail);
 }
 
 }  // namespace tandem

@@ -11,14 +11,14 @@
 
 #include "common/layout/segment.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
-#include "vhost-net-backend/split_queue.hpp"
+#include "vhost-net-backend/virtqueue.hpp"
 #include "vhost-net-backend/xsk_port.hpp"
 
 namespace tandem {
 
 /// One virtqueue of a queue pair with its two eventfds (not owned here; -1: none).
 struct BoundQueue {
-  SplitQueue queue;
+  Virtqueue queue;
   int kick_fd = -1;
   int call_fd = -1;
   std::uint32_t start_count = 0;
@@ -50,7 +50,7 @@ struct QueuePair {
   std::uint32_t frame_hint = 0;   ///< where to look first for a free transmit frame; private, any value will do
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
   bool receive_starved = false;   ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
-  std::uint16_t starved_avail = 0;  ///< avail.idx when that was found
+  std::uint16_t starved_avail = 0;  ///< the position from which on there were none
   std::uint64_t cursor = 0;         ///< PacketCursor::word() of this thread and queue pair, without phase and position
   bool has_suspects = false;        ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <ctime>
 
+#include "vhost-net-backend/protection.hpp"
+
 namespace tandem {
 
 namespace {
@@ -168,7 +170,7 @@ void Shard::put_in_force(std::uint32_t device) {
         // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count
         // goes last, so that an heir who finds us dead in between does it over.
         cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
-        cursors.next_used = bound.queue.used_index();
+        cursors.next_used = bound.queue.first_used(newest->description().vrings[vring].base);
         cursors.fault.store(QueueFault::kNone, std::memory_order_relaxed);
         std::atomic_ref<std::uint32_t>(cursors.start_count).store(bound.start_count, std::memory_order_release);
       }
@@ -409,13 +411,13 @@ bool Shard::work_waits() {
       const XskPort& port = *served.uplink->ports[n];
       const auto works = [](const BoundQueue& bound, const VringCursors& cursors) {
         return bound.queue.bound() && cursors.fault.load(std::memory_order_relaxed) == QueueFault::kNone &&
-               cursors.start_count == bound.start_count && bound.queue.avail_index() != cursors.next_avail;
+               cursors.start_count == bound.start_count && bound.queue.offers(cursors.next_avail);
       };
       if (!serves(index)) continue;
       // Packets without buffers are the guest's fault.
       if (works(transmit, pair.transmit) && takes_frames(port, pair)) return true;
       if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
-          pair.receive.starved != (kStarvedMark | receive.queue.avail_index()))
+          (pair.receive.starved == 0 || receive.queue.offers(static_cast<std::uint16_t>(pair.receive.starved))))
         return true;
     }
   }
@@ -493,8 +495,10 @@ void Shard::poll_as_owner() {
   std::uint64_t last_work = rte_rdtsc();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
-    shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
-    if (now - last_beat_ > beat_cycles) beat(now);
+    if constexpr (kProtected) {
+      shard.heartbeat_tsc.store(now, std::memory_order_relaxed);
+      if (now - last_beat_ > beat_cycles) beat(now);
+    }
     if (shard.handover.request.load(std::memory_order_relaxed) != 0 && let_go()) return;
     if (has_commands_.load(std::memory_order_relaxed)) {
       run_commands();
@@ -539,7 +543,7 @@ void Shard::sleep() {
   shard.asleep.store(1, std::memory_order_release);
   epoll_event woken[16];
   const int count = ::epoll_wait(epoll_.get(), woken, 16, work ? 0 : timeout);
-  shard.heartbeat_tsc.store(rte_rdtsc(), std::memory_order_relaxed);
+  if constexpr (kProtected) shard.heartbeat_tsc.store(rte_rdtsc(), std::memory_order_relaxed);
   shard.asleep.store(0, std::memory_order_release);
   for (int i = 0; i < count; ++i) {
     std::uint64_t value = 0;

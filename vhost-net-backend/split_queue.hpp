@@ -15,8 +15,10 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 #include "common/layout/device_description.hpp"
+#include "common/layout/segment.hpp"
 #include "common/result.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
 
@@ -33,14 +35,48 @@ inline vring_desc read_descriptor_once(const void* from) {
   return std::bit_cast<vring_desc>(words);
 }
 
+class SplitChain;
+
 class SplitQueue {
  public:
-  SplitQueue() = default;
+  using Chain = SplitChain;
+  static constexpr QueueFault kImplausible = QueueFault::kAvailJump;
+
   /// `vring` must be running; its three rings must lie inside `memory`.
   static Result<SplitQueue> bind(const GuestMemory& memory, const VringDescription& vring, std::uint64_t features);
 
-  [[nodiscard]] bool bound() const { return desc_ != nullptr; }
   [[nodiscard]] std::uint32_t size() const { return mask_ + 1; }
+  /// Positions are the free-running indices; a chain takes one entry, whatever its length.
+  [[nodiscard]] static std::uint16_t next(std::uint16_t position, std::uint32_t slots) {
+    return static_cast<std::uint16_t>(position + slots);
+  }
+  [[nodiscard]] static std::uint32_t distance(std::uint16_t from, std::uint16_t to) {
+    return static_cast<std::uint16_t>(to - from);
+  }
+  [[nodiscard]] static bool is_position(std::uint16_t) { return true; }
+  [[nodiscard]] bool is_extent(std::uint32_t count, std::uint32_t slots) const {
+    return slots == count && slots <= size();
+  }
+
+  /// What the driver has made available, as read once at the beginning of a burst.
+  class Supply {
+   public:
+    /// False: avail.idx claims more than the ring holds.
+    [[nodiscard]] bool plausible() const { return plausible_; }
+    [[nodiscard]] bool has(std::uint16_t position, std::uint32_t) const { return position != end_; }
+
+   private:
+    friend class SplitQueue;
+    Supply(std::uint16_t end, bool plausible) : end_(end), plausible_(plausible) {}
+    std::uint16_t end_;
+    bool plausible_;
+  };
+  [[nodiscard]] Supply supply(std::uint16_t next_avail, std::uint16_t) const {
+    const std::uint16_t end = avail_index();
+    return {end, static_cast<std::uint16_t>(end - next_avail) <= size()};
+  }
+  /// Whether the driver has made something available at `position`, whatever that is.
+  [[nodiscard]] bool offers(std::uint16_t position) const { return avail_index() != position; }
 
   /// avail.idx; acquire: ring entries and descriptors published before it are visible.
   [[nodiscard]] std::uint16_t avail_index() const { return load(&avail_->idx, std::memory_order_acquire); }
@@ -50,17 +86,26 @@ class SplitQueue {
   /// A private copy of descriptor `index`, which must be < size().
   [[nodiscard]] vring_desc descriptor(std::uint16_t index) const { return read_descriptor_once(&desc_[index]); }
 
-  /// Used ring; all need WindowOpen.
-  void write_used(std::uint16_t index, std::uint32_t id, std::uint32_t length) const {
-    vring_used_elem& element = used_->ring[index & mask_];
-    element.id = id;
-    element.len = length;
+  /// Giving back: write_used() the elements, publish_used() the index; both need WindowOpen and may be repeated.
+  void write_used(std::span<const RedoUsed> used, std::uint16_t before) const {
+    for (const RedoUsed& entry : used) {
+      vring_used_elem& element = used_->ring[before++ & mask_];
+      element.id = entry.id;
+      element.len = entry.length;
+    }
   }
-  void publish_used(std::uint16_t index) const {
+  void publish_used(std::span<const RedoUsed>, std::uint16_t, std::uint16_t after) const {
     // Release: payload and elements first.
-    std::atomic_ref<std::uint16_t>(used_->idx).store(index, std::memory_order_release);
+    std::atomic_ref<std::uint16_t>(used_->idx).store(after, std::memory_order_release);
   }
+  /// False: what stands in the used ring does not say whether giving back may be repeated, and it always may.
+  [[nodiscard]] static constexpr bool is_published(std::uint16_t) { return false; }
   [[nodiscard]] std::uint16_t used_index() const { return load(&used_view_->idx, std::memory_order_acquire); }
+  /// Whether the guest was shown more than `next_used`: without its record, nobody can go on from there.
+  [[nodiscard]] bool is_half_published(std::uint16_t next_used) const { return used_index() != next_used; }
+
+  /// Where the used position stands at a start: the front end tells the other one only.
+  [[nodiscard]] std::uint16_t first_used(std::uint32_t) const { return used_index(); }
 
   /// Asks the driver to kick when it makes entry `next_avail` available. Followed by a full fence: look at
   /// avail_index() again before sleeping. Needs WindowOpen.

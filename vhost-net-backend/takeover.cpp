@@ -132,11 +132,11 @@ void Shard::replay_record(TakeoverTimeline& timeline) {
     say(ProblemEvent{0,
                      "replay the dead owner's record: it is damaged or its device is gone; the burst in hand may be "
                      "lost or repeated"});
-    // Where the guest's used index and our cursor differ, half of the burst was published: going on would take it back.
+    // Where the guest was shown more than our cursor says, the burst was published: going on would take it back.
     for (QueuePair& candidate : pairs_) {
       for (const auto& [bound, cursors] : {std::pair{&candidate.receive, &candidate.state->receive},
                                            std::pair{&candidate.transmit, &candidate.state->transmit}})
-        if (bound->queue.bound() && bound->queue.used_index() != cursors->next_used)
+        if (bound->queue.bound() && bound->queue.is_half_published(cursors->next_used))
           cursors->fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
     }
     record.arm.store(0, std::memory_order_release);

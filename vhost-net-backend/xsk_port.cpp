@@ -28,7 +28,8 @@ bool memory_is_sane(const XskDescription& description) {
   const bool loopback = (description.flags & XskDescription::kLoopback) != 0;
   if ((description.flags & XskDescription::kInMemory) == 0) return !source && !loopback;
   // Neither ring of a pair may overflow: each entry that is taken from one is put on the other.
-  return description.rx.entries >= description.rx_frames && description.completion.entries >= description.tx.entries &&
+  return description.rx.entries >= description.rx_frames && description.rx.entries >= description.fill.entries &&
+         description.completion.entries >= description.tx.entries &&
          description.max_packet <= description.frame_size - kXskKernelHeadroom && !(source && loopback) &&
          (!source || (description.source_length > 0 && description.source_length <= description.max_packet));
 }

@@ -11,7 +11,7 @@ namespace tandem {
 std::uint64_t default_virtio_features() noexcept {
   namespace vf = virtio_feature;
   return vf::kVersion1 | vf::kEventIdx | vf::kIndirectDesc | vf::kMrgRxbuf | vf::kMq | vf::kCtrlVq | vf::kMtu |
-         vf::kStatus | vf::kGuestAnnounce | kVhostUserFProtocolFeatures;
+         vf::kStatus | vf::kGuestAnnounce | vf::kRingPacked | kVhostUserFProtocolFeatures;
 }
 
 std::uint64_t default_protocol_features() noexcept {
@@ -171,6 +171,16 @@ Status VhostUserDevice::set_features(Request& request) {
   if ((wanted & ~config_.virtio_features) != 0)
     return fail(ErrorKind::kInvalid, "features " + std::to_string(wanted) + " were acknowledged, only " +
                                          std::to_string(config_.virtio_features) + " were offered");
+  const bool layout_changes = features_set_ && ((wanted ^ features_) & virtio_feature::kRingPacked) != 0;
+  if (layout_changes && any_started())
+    return fail(ErrorKind::kInvalid,
+                "rings would become packed or split while one runs; stop them with GET_VRING_BASE first");
+  // Indices of the other layout mean nothing; a front end sends new ones before it starts a ring.
+  if (layout_changes)
+    for (std::uint32_t i = 0; i < vrings_.size(); ++i) {
+      vrings_[i].forget_base();
+      touch(i);
+    }
   features_ = wanted;
   features_set_ = true;
   device_dirty_ = true;
@@ -303,7 +313,7 @@ Status VhostUserDevice::set_vring_num(Request& request) {
   const auto state = load_wire<VhostUserVringState>(request.payload);
   if (auto order = require_features("a vring size"); !order) return order;
   if (auto index = check_vring_index(state.index); !index) return index;
-  if (auto size = check_vring_size(state.num); !size) return size;
+  if (auto size = check_vring_size(state.num, packed()); !size) return size;
   VringRecord& vring = vrings_[state.index].record;
   if (vring.started != 0 && vring.ran != 0 && vring.size != state.num)
     return fail(ErrorKind::kInvalid,
@@ -324,9 +334,9 @@ Status VhostUserDevice::set_vring_addr(Request& request) {
   vring.avail_user_address = wire.avail_user_address;
   vring.used_user_address = wire.used_user_address;
   vring.has_addresses = 1;
-  if (auto aligned = check_vring_alignment(vring); !aligned) return aligned;
+  if (auto aligned = check_vring_alignment(vring, packed()); !aligned) return aligned;
   if (vring.size != 0 && !memory_.empty())
-    if (auto inside = check_vring_inside(vring, memory_); !inside) return inside;
+    if (auto inside = check_vring_inside(vring, packed(), memory_); !inside) return inside;
   const VringRecord& old = vrings_[wire.index].record;
   const bool moved = old.descriptor_user_address != vring.descriptor_user_address ||
                      old.avail_user_address != vring.avail_user_address ||
@@ -343,13 +353,14 @@ Status VhostUserDevice::set_vring_base(Request& request) {
   const auto state = load_wire<VhostUserVringState>(request.payload);
   if (auto order = require_features("a vring base"); !order) return order;
   if (auto index = check_vring_index(state.index); !index) return index;
-  if (state.num > 0xffff)
+  if (!packed() && state.num > 0xffff)
     return fail(ErrorKind::kInvalid, "avail index " + std::to_string(state.num) + " has more than 16 bits");
   VringRecord& vring = vrings_[state.index].record;
   if (vring.started != 0 && vring.ran != 0)
     return fail(ErrorKind::kInvalid,
                 "vring " + std::to_string(state.index) + " runs; stop it with GET_VRING_BASE first");
-  vring.base = state.num;
+  vring.base = packed() ? complete_packed_base(state.num) : state.num;
+  vring.has_base = 1;
   vring.ran = 0;
   touch(state.index);
   return {};
@@ -364,16 +375,18 @@ Status VhostUserDevice::get_vring_base(Request& request) {
   if (vring.record.ran != 0)
     request.outcome.vring_base_index = state.index;
   else
-    request.outcome.reply = make_vhost_user_reply(request.request, VhostUserVringState{state.index, vring.record.base});
+    request.outcome.reply =
+        make_vhost_user_reply(request.request, VhostUserVringState{state.index, vring_start(vring.record, packed())});
   return {};
 }
 
-std::vector<std::byte> VhostUserDevice::vring_base_reply(std::uint32_t vring, std::uint16_t avail_index) {
+std::vector<std::byte> VhostUserDevice::vring_base_reply(std::uint32_t vring, std::uint32_t base) {
   VringRecord& record = vrings_.at(vring).record;
-  record.base = avail_index;
+  record.base = base;
+  record.has_base = 1;
   record.ran = 0;
   touch(vring);
-  return make_vhost_user_reply(VhostUserRequest::kGetVringBase, VhostUserVringState{vring, avail_index});
+  return make_vhost_user_reply(VhostUserRequest::kGetVringBase, VhostUserVringState{vring, base});
 }
 
 /// Index from the payload of KICK, CALL and ERR; the "no descriptor" bit must agree with what came.
@@ -407,8 +420,13 @@ Status VhostUserDevice::set_vring_kick(Request& request) {
   if (!index) return tl::make_unexpected(index.error());
   VringState& vring = vrings_[*index];
   const VringRecord& record = vring.record;
-  if (record.size != 0 && record.has_addresses != 0)
-    if (auto inside = check_vring_inside(record, memory_); !inside) return inside;
+  if (record.size != 0 && record.has_addresses != 0) {
+    if (auto size = check_vring_size(record.size, packed()); !size) return size;
+    if (auto aligned = check_vring_alignment(record, packed()); !aligned) return aligned;
+    if (auto inside = check_vring_inside(record, packed(), memory_); !inside) return inside;
+    if (record.ran == 0)
+      if (auto start = check_vring_start(record, packed()); !start) return start;
+  }
   UniqueFd kick = take_fd(request.fds);
   if (record.started != 0 && same_event(vring.kick, kick)) return {};
   if (is_running(*index)) fds_replaced_ = true;

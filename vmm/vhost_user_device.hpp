@@ -8,8 +8,7 @@
 //   3. if description_changed: send description() with description_fds() to every owner
 //   4. if wait_for_owners: wait until each owner acknowledged description().generation, or is fenced and replayed
 //      (without reply and vring_base_index there is nothing to hold back: the next message that has one waits for both)
-//   5. if vring_base_index: reply = vring_base_reply(index, the avail index in the owner's cursors); save_changed()
-//   again
+//   5. if vring_base_index: reply = vring_base_reply(index, vring_base() of the owner's cursors); save_changed() again
 //   6. send the reply if there is one; tell the vault "applied"
 //
 // Handlers are idempotent: a supervisor that dies between 1 and 6 leaves a successor that restores the device and
@@ -59,6 +58,7 @@ inline constexpr std::uint64_t kMq = 1ull << 22;
 inline constexpr std::uint64_t kIndirectDesc = 1ull << 28;
 inline constexpr std::uint64_t kEventIdx = 1ull << 29;
 inline constexpr std::uint64_t kVersion1 = 1ull << 32;
+inline constexpr std::uint64_t kRingPacked = kFeatureRingPacked;
 }  // namespace virtio_feature
 
 struct VhostUserDeviceConfig {
@@ -71,8 +71,7 @@ struct VhostUserDeviceConfig {
   std::uint32_t first_start_count = 0;
 };
 
-/// Everything the datapath can do and nothing else: no packed rings, no offloads, no MAC (QEMU owns it), no migration
-/// log.
+/// Everything the datapath can do and nothing else: no offloads, no MAC (QEMU owns it), no migration log.
 std::uint64_t default_virtio_features() noexcept;
 std::uint64_t default_protocol_features() noexcept;
 
@@ -108,9 +107,9 @@ class VhostUserDevice {
   /// Handles one whole message. Takes the descriptors: those not kept are closed when it returns, whatever happened.
   Result<Outcome> handle(std::span<const std::byte> frame, std::vector<UniqueFd> fds);
 
-  /// The answer to GET_VRING_BASE once every owner let go. Remembers the index, so that a repeated request is answered
-  /// with it.
-  std::vector<std::byte> vring_base_reply(std::uint32_t vring, std::uint16_t avail_index);
+  /// The answer to GET_VRING_BASE once every owner let go: where its cursors stand (vring_base()). Remembers it, so
+  /// that a repeated request is answered with it.
+  std::vector<std::byte> vring_base_reply(std::uint32_t vring, std::uint32_t base);
 
   /// The front end is gone: no region, no running vring, everything negotiated forgotten, one new generation. The
   /// device can serve the next connection; generation and start counts go on. Wait for the owners before the next
@@ -171,6 +170,7 @@ class VhostUserDevice {
   [[nodiscard]] bool is_running(std::uint32_t vring) const noexcept;
   [[nodiscard]] bool is_started(std::uint64_t vring) const noexcept;
   [[nodiscard]] bool any_started() const noexcept;
+  [[nodiscard]] bool packed() const noexcept { return (features_ & virtio_feature::kRingPacked) != 0; }
   [[nodiscard]] bool acknowledged(std::uint64_t protocol_feature) const noexcept {
     return (protocol_features_ & protocol_feature) != 0;
   }

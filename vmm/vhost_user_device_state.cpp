@@ -76,7 +76,7 @@ DeviceDescription VhostUserDevice::derive() {
   for (std::uint32_t i = 0; i < vrings_.size(); ++i) {
     VringRecord& record = vrings_[i].record;
     VringDescription& shown = next.vrings[i];
-    if (features_set_ && vring_runs(record, memory_, enabled_by_default)) {
+    if (features_set_ && vring_runs(record, packed(), memory_, enabled_by_default)) {
       if (record.ran == 0) {
         record.ran = 1;
         ++record.start_count;
@@ -85,7 +85,7 @@ DeviceDescription VhostUserDevice::derive() {
       shown.flags = VringDescription::kRunning | (vrings_[i].kick ? VringDescription::kHasKick : 0) |
                     (vrings_[i].call ? VringDescription::kHasCall : 0);
       shown.size = record.size;
-      shown.base = record.base;
+      shown.base = vring_start(record, packed());
       shown.descriptor_user_address = record.descriptor_user_address;
       shown.avail_user_address = record.avail_user_address;
       shown.used_user_address = record.used_user_address;

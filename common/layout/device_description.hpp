@@ -17,8 +17,12 @@ inline constexpr std::uint32_t kDeviceDescriptionVersion = 1;
 inline constexpr std::uint32_t kMaxMemoryRegions = 32;
 inline constexpr std::uint32_t kMaxQueuePairsPerDevice = 32;
 inline constexpr std::uint32_t kMaxVringsPerDevice = 2 * kMaxQueuePairsPerDevice;
-/// Virtio 1.2, section 2.7: a split virtqueue has at most 32768 entries.
+/// Virtio 1.2, sections 2.7 and 2.8: a virtqueue has at most 32768 entries.
 inline constexpr std::uint32_t kMaxVringSize = 32768;
+/// VIRTIO_F_RING_PACKED: all vrings of the device are packed.
+inline constexpr std::uint64_t kFeatureRingPacked = std::uint64_t{1} << 34;
+/// The base of a packed ring that was never used: both positions at slot 0, both wrap counters 1 (Virtio 1.2, 2.8.1).
+inline constexpr std::uint32_t kPackedStartBase = 0x80008000;
 
 /// One range of guest memory. All units are bytes; validated by vmm/ (no overflow, no overlap, inside its file).
 struct MemoryRegion {
@@ -36,12 +40,14 @@ struct VringDescription {
   static constexpr std::uint32_t kRunning = 1u << 2;
 
   std::uint32_t flags = 0;
-  std::uint32_t size = 0;         ///< entries, a power of two
-  std::uint32_t base = 0;         ///< avail index to begin with when start_count changed
+  std::uint32_t size = 0;  ///< entries; of a split ring a power of two
+  /// Where to begin when start_count changed. Split: avail index. Packed: avail position in the low half, used position
+  /// in the high one, each with its wrap counter in its highest bit.
+  std::uint32_t base = 0;
   std::uint32_t start_count = 0;  ///< counts starts, so that an owner initializes its cursors once per start
   std::uint64_t descriptor_user_address = 0;
-  std::uint64_t avail_user_address = 0;
-  std::uint64_t used_user_address = 0;
+  std::uint64_t avail_user_address = 0;  ///< packed: the driver's event suppression area
+  std::uint64_t used_user_address = 0;   ///< packed: the device's
 };
 
 struct DeviceDescription {

@@ -32,9 +32,10 @@ struct RedoFrame {
   std::uint32_t reserved;
 };
 
-/// As struct vring_used_elem (Virtio 1.2, 2.7.8), host byte order; little endian on the wire.
-struct RedoUsed {
-  std::uint32_t id;
+/// A chain that goes back to the guest, host byte order; little endian on the wire.
+struct alignas(8) RedoUsed {
+  std::uint16_t id;     ///< split: the chain's head; packed: its buffer id
+  std::uint16_t slots;  ///< by which positions move: split 1; packed the number of descriptors in the ring
   std::uint32_t length;
 };
 
@@ -46,8 +47,8 @@ struct alignas(64) RedoRecord {
   RedoKind kind;
   std::uint16_t used_count;
   std::uint16_t frame_count;
-  std::uint16_t avail_before, avail_after;  ///< the virtqueue's next avail index
-  std::uint16_t used_before, used_after;    ///< used.idx
+  std::uint16_t avail_before, avail_after;  ///< VringCursors::next_avail
+  std::uint16_t used_before, used_after;    ///< VringCursors::next_used
   std::uint32_t queue_pair;                 ///< index in the segment
   std::uint32_t epoch;
   std::uint32_t poisoned;    ///< 1: the burst is one packet, and drops it because owners died on it

@@ -35,17 +35,19 @@ enum class QueueFault : std::uint32_t {
   kAvailJump = 1,      ///< avail.idx ran ahead by more than the ring's size
   kMemoryFault = 2,    ///< SIGBUS: the front end took pages of guest memory away
   kRecordInvalid = 3,  ///< takeover found a damaged redo record or cursor for this queue
+  kEndlessChain = 4,   ///< packed: a chain that does not end, so nobody knows where the next one begins
 };
 
 /// Cursors and counters of one virtqueue; one cache line.
 struct alignas(64) VringCursors {
-  std::uint16_t next_avail;   ///< next avail entry to take
-  std::uint16_t next_used;    ///< used.idx as published
+  /// Positions. Split: free-running indices. Packed: a slot, with the wrap counter in bit 15 (Virtio 1.2, 2.8.1).
+  std::uint16_t next_avail;   ///< next avail entry, or first descriptor of the next chain, to take
+  std::uint16_t next_used;    ///< used.idx as published, or where the next used descriptor goes
   std::uint32_t start_count;  ///< which start of the ring these cursors belong to
   std::uint64_t packets, bytes;
   std::uint64_t dropped;  ///< bad chains, runts, packets without room: counted, never silently
   std::atomic<QueueFault> fault;
-  /// Receive: kStarvedMark | avail.idx when packets waited and the guest's buffers did not suffice; 0 otherwise.
+  /// Receive: kStarvedMark | the position from which on the guest had no buffers when packets waited; 0 otherwise.
   std::uint32_t starved;
   std::uint64_t overflow;  ///< reserved for uplinks that count it in user space
 };
@@ -150,6 +152,11 @@ struct Segment {
   ShardState shards[kMaxShards];
   QueuePairState queue_pairs[kMaxQueuePairs];
 };
+
+/// What a front end calls the base of a ring with these cursors (vhost-user: GET_VRING_BASE).
+constexpr std::uint32_t vring_base(const VringCursors& cursors, bool packed) {
+  return packed ? std::uint32_t{cursors.next_used} << 16 | cursors.next_avail : cursors.next_avail;
+}
 
 constexpr std::uint64_t owner_word(std::uint32_t epoch, std::uint32_t tag) { return std::uint64_t{epoch} << 32 | tag; }
 constexpr std::uint32_t owner_epoch(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }

@@ -32,6 +32,7 @@ def parse_arguments(words):
     parser.add_argument("--rate", type=int, default=2000, metavar="N", help="datagrams a second each way (2000)")
     parser.add_argument("--plain-nic", action="store_true",
                         help="control: the same traffic for 10 s through an ordinary bridge NIC, without Tandem and kills")
+    parser.add_argument("--packed", action="store_true", help="give the guest packed virtqueues")
     parser.add_argument("--no-install", action="store_true", help="do not install packages")
     parser.add_argument("--build", type=os.path.abspath, default=os.path.join(ROOT, "build"), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -74,10 +75,12 @@ def set_up(args, journal):
     guest.build_files(ROOT, traffic_program)
     kind = "KVM" if host.has_virtualization() else "TCG (no svm/vmx here)"
     say(f"starting the guest under {kind}")
-    guest.start(journal, args.plain_nic)
+    guest.start(journal, args.plain_nic, args.packed)
     host.keep_order_in_host_queues()
     traffic = measure.Traffic(journal, traffic_program, args.rate)
     traffic.wait_running()
+    if tandem and tandem.has_packed_rings() != args.packed:
+        raise host.DemoError("the guest's driver chose the other ring layout: --packed needs a Linux 5.0 or newer, and QEMU 4.2")
     say("traffic runs: numbered UDP both ways, one TCP stream")
     return tandem, traffic
 

@@ -21,7 +21,7 @@ TANDEM_NIC = f"""<interface type='vhostuser'>
         <reconnect enabled='yes' timeout='1'/>
       </source>
       <model type='virtio'/>
-      <driver queues='2'/>
+      <driver queues='2'@PACKED@/>
       <alias name='ua-tandem0'/>
     </interface>"""
 
@@ -47,7 +47,7 @@ def virsh(*words, check=True):
     return run("virsh", "-c", "qemu:///system", "-q", *words, check=check)
 
 
-def domain_xml(plain):
+def domain_xml(plain, packed):
     accelerated = has_virtualization()
     with open(os.path.join(HERE, "domain.xml.in"), encoding="utf-8") as file:
         text = file.read()
@@ -59,6 +59,7 @@ def domain_xml(plain):
             "ADDRESS": f"{GUEST_ADDRESS}/24",
             "METADATA": "" if plain else METADATA,
             "INTERFACE": PLAIN_NIC if plain else TANDEM_NIC,
+            "PACKED": " packed='on'" if packed else "",
             "OVERRIDE": "" if plain or accelerated else NO_VECTORS,
     }.items():
         text = text.replace(f"@{name}@", value)
@@ -82,10 +83,10 @@ def remove_old_one():
     virsh("undefine", NAME)
 
 
-def start(journal, plain):
+def start(journal, plain, packed=False):
     path = os.path.join(FILES, "domain.xml")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(domain_xml(plain))
+        file.write(domain_xml(plain, packed))
     console = os.path.join(FILES, "console.log")
     if os.path.exists(console):
         os.unlink(console)

@@ -99,6 +99,9 @@ class Tandem:
         """The demo's pair from status; empty when there is none."""
         return next((pair for pair in self.ask("status")["pairs"] if pair["name"] == PAIR), {})
 
+    def has_packed_rings(self):
+        return any(nic["packed"] for nic in self.ask("status")["nics"])
+
     def wait_whole(self, not_pid=None):
         """The pair once it has an owner (another one than `not_pid`) and a standby that is ready."""
 

@@ -37,6 +37,8 @@ const char* fault_name(QueueFault fault) {
       return "guest memory disappeared";
     case QueueFault::kRecordInvalid:
       return "a dead backend had damaged its record";
+    case QueueFault::kEndlessChain:
+      return "the guest made a chain of descriptors without an end";
   }
   return "unknown";
 }
@@ -275,6 +277,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"generation", nic.device->description().generation},
           {"queue_pairs", nic.option.queues},
           {"running_queues", running},
+          {"packed", (nic.device->description().features & kFeatureRingPacked) != 0},
           {"fault", fault},
           {"rx", receive.json()},
           {"tx", transmit.json()},

@@ -162,7 +162,8 @@ void Supervisor::finish_request(Nic& nic) {
   if (pending.outcome.vring_base_index) {
     const std::uint32_t vring = *pending.outcome.vring_base_index;
     const QueuePairState& state = nic.pair->segment().queue_pairs[nic.first_queue_pair + vring / 2];
-    reply = nic.device->vring_base_reply(vring, (vring % 2 == 0 ? state.receive : state.transmit).next_avail);
+    const bool packed = (nic.device->description().features & kFeatureRingPacked) != 0;
+    reply = nic.device->vring_base_reply(vring, vring_base(vring % 2 == 0 ? state.receive : state.transmit, packed));
     save(nic);
   }
   if (pending.outcome.rarp_mac) announce(nic, *pending.outcome.rarp_mac);

@@ -73,7 +73,7 @@ std::vector<std::shared_ptr<const Device>> CrashTrial::devices(const EngineWorld
   for (std::uint32_t i = 0; i < 2; ++i) {
     stopped.vrings[i].flags &= ~VringDescription::kRunning;
     restarted.vrings[i].start_count = 2;
-    restarted.vrings[i].base = kRestartBase;
+    restarted.vrings[i].base = world.nics[0].transmit.base_for(kRestartBase);
   }
   return {world.make_device(stopped), world.make_device(restarted)};
 }
@@ -113,13 +113,17 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   prepare(rehearsal, fence, flows);
   const GuestQueue& queue = row_.receive ? rehearsal.nics[0].receive : rehearsal.nics[0].transmit;
   const auto half = (row_.burst + 1) / 2;
-  const std::uint32_t before = queue.used_taken() + half;
+  // Packed: positions count slots; as many a packet as in the warm-up.
+  const std::uint32_t before =
+      queue.entries_taken() + (queue.packed() ? (queue.entries_taken() * row_.burst / kWarmUp + 1) / 2 : half);
   const std::uint32_t xsk_before = kWarmUp + half;
+  // Enough that it does not become negative; packed: odd, so that the second round begins there.
+  const std::uint32_t rounds = queue.packed() ? before / queue.size() / 2 * 2 + 3 : 2;
   if (row_.wrap == Wrap::kRing) {
-    row_.shape.nic.first_index = static_cast<std::uint16_t>(2 * row_.shape.nic.queue_size - before);
+    row_.shape.nic.first_index = static_cast<std::uint16_t>(rounds * queue.size() - before);
     row_.shape.xsk_index = 2 * row_.shape.xsk.tx_entries - xsk_before;
   } else if (row_.wrap == Wrap::kIndex) {
-    row_.shape.nic.first_index = static_cast<std::uint16_t>(0u - before);
+    row_.shape.nic.first_index = static_cast<std::uint16_t>((queue.packed() ? rounds + 1 : 0) * queue.size() - before);
     row_.shape.xsk_index = 0u - xsk_before;
   }
   world_ = std::make_unique<EngineWorld>(row_.shape);

@@ -9,8 +9,10 @@ namespace {
 const char* name(ChainStyle style) {
   return style == ChainStyle::kDirect ? "direct" : style == ChainStyle::kChained ? "chained" : "indirect";
 }
-const char* name(Wrap wrap) {
-  return wrap == Wrap::kNone ? "no wrap" : wrap == Wrap::kRing ? "ring wrap" : "index wrap";
+const char* name(Wrap wrap, bool packed) {
+  if (wrap == Wrap::kNone) return "no wrap";
+  if (packed) return wrap == Wrap::kRing ? "wrap to 0" : "wrap to 1";
+  return wrap == Wrap::kRing ? "ring wrap" : "index wrap";
 }
 
 const char* name(Situation situation) {
@@ -34,17 +36,24 @@ const char* name(Situation situation) {
 }
 
 // As small as the burst allows: every instruction is followed by a look at all of it.
-WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool mergeable, bool event_index) {
+WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool mergeable, bool event_index,
+                     bool packed) {
   WorldShape shape;
   // Without VERSION_1 and MRG_RXBUF a header has 10 bytes: a legacy driver.
-  const bool modern = mergeable || !transmit;
+  const bool modern = mergeable || !transmit || packed;
   shape.nic.features = feature::kIndirect | (modern ? feature::kVersion1 : 0) | (mergeable ? feature::kMergeable : 0) |
-                       (event_index ? feature::kEventIndex : 0);
+                       (event_index ? feature::kEventIndex : 0) | (packed ? feature::kPacked : 0);
   shape.nic.transmit = shape.nic.receive = style;
   shape.nic.slot_size = 136;
   if (mergeable) shape.nic.receive_slot_size = 56;  // one to three buffers a packet
   shape.nic.queue_size = burst <= 2 ? 32 : style == ChainStyle::kChained && mergeable ? 256 : 128;
   shape.nic.cuts = {7, 30};  // the header over two descriptors, the packet over two
+  // A packed ring may have any size. Small ones let the guest come round to the burst's first slot while nobody serves;
+  // receive rings are always full of buffers, so there it does so anyway.
+  if (packed && transmit)
+    shape.nic.queue_size = (burst <= 2 ? 3 : burst) * (style == ChainStyle::kChained ? 3 : 1) + (burst <= 2 ? 0 : 1);
+  else if (packed)
+    shape.nic.queue_size += 5;
   shape.xsk.frame_size = 256;
   shape.xsk.headroom = 64;
   shape.xsk.rx_frames = burst <= 2 ? 16 : 64;
@@ -55,6 +64,7 @@ WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool 
 
 std::vector<MatrixRow> matrix() {
   std::vector<MatrixRow> rows;
+  bool packed = false;
   const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
                        std::uint32_t burst, Situation situation = Situation::kPlain) {
     MatrixRow row;
@@ -63,14 +73,17 @@ std::vector<MatrixRow> matrix() {
     row.receive = receive;
     row.burst = burst;
     row.wrap = wrap;
-    row.nested = burst <= 2;
-    row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index);
+    // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short.
+    row.nested = burst <= 2 && (event_index || !packed);
+    row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
+    if (situation == Situation::kFull && packed) row.shape.nic.queue_size = 2 * burst + 7;  // the warm-up jams it too
     row.name = std::string(!receive    ? "guest->uplink"
                            : !transmit ? "uplink->guest"
                                        : "both ways") +
-               ", " + name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") +
-               name(situation) + ", " + name(wrap) + ", burst " + std::to_string(burst);
+               (packed ? ", packed, " : ", ") + name(style) + (mergeable ? ", mergeable" : "") +
+               (event_index ? ", EVENT_IDX" : "") + name(situation) + ", " + name(wrap, packed) + ", burst " +
+               std::to_string(burst);
     // One of each kind, so that every option occurs.
     row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
                 : situation == Situation::kPoison
@@ -81,30 +94,33 @@ std::vector<MatrixRow> matrix() {
                                              mergeable == receive);
     rows.push_back(row);
   };
-  for (const bool receive : {false, true})
+  for (const bool layout : {false, true}) {
+    packed = layout;
+    for (const bool receive : {false, true})
+      for (const std::uint32_t burst : {1u, 2u, 32u})
+        for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+          for (const bool mergeable : {false, true})
+            for (const bool event_index : {false, true})
+              for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
+                add(!receive, receive, style, mergeable, event_index, wrap, burst);
+    // A round of the poll loop that has work in both directions: two transactions, one record.
     for (const std::uint32_t burst : {1u, 2u, 32u})
-      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
-        for (const bool mergeable : {false, true})
-          for (const bool event_index : {false, true})
-            for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
-              add(!receive, receive, style, mergeable, event_index, wrap, burst);
-  // A round of the poll loop that has work in both directions: two transactions, one record.
-  for (const std::uint32_t burst : {1u, 2u, 32u})
-    for (const bool mergeable : {false, true})
-      add(true, true, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
-  for (const std::uint32_t burst : {1u, 2u, 32u})
-    for (const bool mergeable : {false, true})
-      add(true, true, ChainStyle::kDirect, mergeable, mergeable, Wrap::kNone, burst, Situation::kHandover);
-  for (const std::uint32_t burst : {2u, 32u})
-    for (const bool mergeable : {false, true})
-      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kIndirect}) {
-        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
-        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
-        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
-        add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
-        add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
-        add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
-      }
+      for (const bool mergeable : {false, true})
+        add(true, true, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
+    for (const std::uint32_t burst : {1u, 2u, 32u})
+      for (const bool mergeable : {false, true})
+        add(true, true, ChainStyle::kDirect, mergeable, mergeable, Wrap::kNone, burst, Situation::kHandover);
+    for (const std::uint32_t burst : {2u, 32u})
+      for (const bool mergeable : {false, true})
+        for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kIndirect}) {
+          add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
+          add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kFull);
+          add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kBadChain);
+          add(true, true, style, mergeable, true, Wrap::kNone, burst, Situation::kRestart);
+          add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
+          add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
+        }
+  }
   return rows;
 }
 

@@ -10,6 +10,7 @@
 
 namespace tandem::test {
 
+/// Of what, inside the burst. A packed ring has no index to wrap: its wrap counter goes to 0 or to 1.
 enum class Wrap { kNone, kRing, kIndex };
 
 /// What is special about the burst.

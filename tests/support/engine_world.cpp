@@ -142,7 +142,7 @@ DeviceDescription EngineWorld::describe(std::uint64_t generation) const {
     VringDescription& vring = description.vrings[i];
     vring.flags = VringDescription::kHasCall | VringDescription::kRunning;
     vring.size = queue.size();
-    vring.base = shape_.nic.first_index;
+    vring.base = queue.base_for(shape_.nic.first_index);
     vring.start_count = 1;
     vring.descriptor_user_address = queue.place().descriptors - kGuestBase + kUserBase;
     vring.avail_user_address = queue.place().avail - kGuestBase + kUserBase;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A guest's virtio-net driver over split rings.
+// A guest's virtio-net driver.
 #include "tests/support/guest_nic.hpp"
 
 #include <algorithm>
@@ -13,6 +13,7 @@ namespace {
 constexpr unsigned kMergeable = 15;
 constexpr unsigned kEventIndex = 29;
 constexpr unsigned kVersion1 = 32;
+constexpr unsigned kPacked = 34;
 constexpr std::uint32_t kTableBytes = 8 * sizeof(vring_desc);
 }  // namespace
 
@@ -28,8 +29,8 @@ std::uint64_t GuestNic::bytes(const NicShape& shape) {
 }
 
 GuestNic::GuestNic(const GuestSpace& space, std::uint64_t address, const NicShape& shape)
-    : receive(space, RingPlace::at(address, shape.queue_size), shape.has(kEventIndex)),
-      transmit(space, RingPlace::at(address + RingPlace::bytes(shape.queue_size), shape.queue_size),
+    : receive(space, RingPlace::at(address, shape.queue_size, shape.has(kPacked)), shape.has(kEventIndex)),
+      transmit(space, RingPlace::at(address + RingPlace::bytes(shape.queue_size), shape.queue_size, shape.has(kPacked)),
                shape.has(kEventIndex)),
       shape_(shape),
       space_(&space) {
@@ -128,7 +129,7 @@ bool GuestNic::take(std::vector<std::byte>& packet) {
     if (buffers == 0 || (buffers > 1 && !shape_.mergeable())) ++protocol_errors_;
     append(packet, slot, header, used->length);
     for (std::uint16_t i = 1; i < buffers; ++i) {
-      // All buffers of a packet are published by one store of used.idx.
+      // All buffers of a packet are published by one store.
       const auto more = receive.take_used();
       if (!more || !more->expected || more->length == 0 || more->length > shape_.receive_slot_bytes()) {
         ++protocol_errors_;

@@ -26,7 +26,7 @@ struct NicShape {
   ChainStyle receive = ChainStyle::kDirect;
   /// Where a chained or indirect buffer is cut into descriptors: byte offsets from its beginning, ascending. At most 7.
   std::vector<std::uint32_t> cuts = {7, 40};
-  std::uint16_t first_index = 0;  ///< where avail and used indices begin
+  std::uint16_t first_index = 0;  ///< where avail and used indices begin, as GuestQueue::begin_at()
 
   [[nodiscard]] bool has(unsigned bit) const { return (features >> bit & 1u) != 0; }
   /// Virtio 1.2, 5.1.6: 12 bytes with VERSION_1 or MRG_RXBUF, else 10.

@@ -2,6 +2,8 @@
 // Bench: a world with its first owner in place, for unit tests of the engine.
 #pragma once
 
+#include <array>
+
 #include "tests/support/engine_world.hpp"
 
 namespace tandem::test {
@@ -21,6 +23,9 @@ struct Bench {
   EngineWorld world;
   ShardStepper owner;
 };
+
+/// Feature bits of the two ring layouts, for tests that hold for both.
+inline constexpr std::array<std::uint64_t, 2> kLayouts = {0, feature::kPacked};
 
 /// Small frames and slots: enough for PacketFlow's default lengths.
 inline WorldShape small_world(std::uint64_t features = feature::kVersion1 | feature::kIndirect) {

@@ -20,7 +20,8 @@ const PacketFlow kFlow{};
 
 // A world whose owner died right after arming a burst of `packets`, in one direction.
 struct Crashed {
-  Crashed(bool receive, std::uint32_t packets) : world(shape()), flows(kFlow) {
+  Crashed(bool receive, std::uint32_t packets, std::uint64_t layout, ProbePoint point = ProbePoint::kArmed)
+      : world(shape(layout)), flows(kFlow) {
     world.nics[0].post();
     flows.send(world, receive ? 0 : packets, receive ? packets : 0);
     const bool died = killed([&] {
@@ -28,14 +29,14 @@ struct Crashed {
       ShardStepper owner(world.segment(), fence.view(), 1);
       owner.hold(world.make_ports(), {world.make_device(world.describe(1))});
       owner.take_over();
-      die_at(ProbePoint::kArmed, 1);
+      die_at(point, 1);
       owner.poll_once();
     });
     if (!died || !record_is_valid(world.record())) std::abort();
     fence.kill(1);
   }
-  static WorldShape shape() {
-    WorldShape small = small_world();
+  static WorldShape shape(std::uint64_t layout) {
+    WorldShape small = small_world(feature::kVersion1 | feature::kIndirect | layout);
     small.queue_pairs = 2;
     return small;
   }
@@ -46,7 +47,8 @@ struct Crashed {
 
 // Worlds to try heirs in; device and ports are made once.
 struct Trial {
-  Trial() : world(Crashed::shape()), ports(world.make_ports()), device(world.make_device(world.describe(1))) {}
+  explicit Trial(std::uint64_t layout)
+      : world(Crashed::shape(layout)), ports(world.make_ports()), device(world.make_device(world.describe(1))) {}
   EngineWorld world;
   std::shared_ptr<const UplinkPorts> ports;
   std::shared_ptr<const Device> device;
@@ -94,10 +96,11 @@ void check_second_pair_serves(EngineWorld& world, ShardStepper& heir) {
 }  // namespace
 
 TEST_CASE("a flipped bit anywhere in an armed record: it is not replayed") {
+  const std::uint64_t layout = GENERATE(from_range(kLayouts));
   for (const bool receive : {false, true})
     for (const std::uint32_t packets : {1u, 3u}) {
-      const Crashed crashed(receive, packets);
-      Trial trial;
+      const Crashed crashed(receive, packets, layout);
+      Trial trial(layout);
       const std::size_t tail = offsetof(RedoRecord, used) + crashed.world.record().used_count * sizeof(RedoUsed);
       const std::size_t frames_end = offsetof(RedoRecord, frames) + packets * sizeof(RedoFrame);
       for (std::size_t byte = 0; byte < tail; ++byte) {
@@ -120,11 +123,11 @@ TEST_CASE("a flipped bit anywhere in an armed record: it is not replayed") {
 }
 
 TEST_CASE("bits that the record does not use change nothing") {
-  const Crashed crashed(false, 2);
-  Trial trial;
+  const Crashed crashed(false, 2, 0);
+  Trial trial(0);
   trial.world.copy_from(crashed.world);
   trial.world.record().frames[2].address = ~std::uint64_t{0};
-  trial.world.record().used[2].id = 0xffffffffu;
+  trial.world.record().used[2].id = 0xffff;
   ShardStepper heir(trial.world.segment(), crashed.fence.view(), 2);
   heir.hold(trial.ports, {trial.device});
   REQUIRE(heir.take_over());
@@ -156,6 +159,14 @@ std::vector<Lie> lies(bool receive) {
          r.used_after = static_cast<std::uint16_t>(1000 + r.used_count);
        }},
       {"used count that does not fit", [](EngineWorld&, RedoRecord& r) { ++r.used_after; }},
+      {"avail count that does not fit", [](EngineWorld&, RedoRecord& r) { ++r.avail_after; }},
+      {"chain without a slot", [](EngineWorld&, RedoRecord& r) { r.used[0].slots = 0; }},
+      {"chain of more slots", [](EngineWorld&, RedoRecord& r) { ++r.used[0].slots; }},
+      {"chain of more slots than the ring has",
+       [](EngineWorld&, RedoRecord& r) {
+         r.used[0].slots = 64;
+         r.avail_after = r.avail_before, r.used_after = r.used_before;
+       }},
       {"producer elsewhere",
        [](EngineWorld&, RedoRecord& r) {
          r.producer_before += 500;
@@ -191,9 +202,10 @@ std::vector<Lie> lies(bool receive) {
 }  // namespace
 
 TEST_CASE("a record with a right checksum and wrong content stops its queue, or is not replayed") {
+  const std::uint64_t layout = GENERATE(from_range(kLayouts));
   for (const bool receive : {false, true}) {
-    const Crashed crashed(receive, 3);
-    Trial trial;
+    const Crashed crashed(receive, 3, layout);
+    Trial trial(layout);
     for (const Lie& lie : lies(receive)) {
       INFO((receive ? "receive: " : "transmit: ") << lie.name);
       trial.world.copy_from(crashed.world);
@@ -224,10 +236,39 @@ TEST_CASE("a record with a right checksum and wrong content stops its queue, or 
   }
 }
 
+TEST_CASE("a damaged record of a burst that the guest was shown stops its queue; of another one, it does not") {
+  const std::uint64_t layout = GENERATE(from_range(kLayouts));
+  for (const bool receive : {false, true})
+    for (const auto& [point, shown] : {std::pair{ProbePoint::kArmed, false},
+                                       {ProbePoint::kDestinationWritten, receive && layout != 0},
+                                       {ProbePoint::kSourcePublished, true},
+                                       {ProbePoint::kCursorsAdvanced, false}}) {
+      INFO((receive ? "receive" : "transmit") << (layout != 0 ? ", packed, " : ", ") << name(point));
+      // Packed: other slots than the first are overwritten before the burst is shown, and could not be read again.
+      const Crashed crashed(receive, 3, layout, point);
+      for (const bool moves_on : {false, true}) {
+        Trial trial(layout);
+        trial.world.copy_from(crashed.world);
+        Flows flows = crashed.flows;
+        if (moves_on) world_moves_on(trial.world, flows, 70);  // round the ring, if there is room
+        trial.world.record().packets_after ^= 1;
+        ShardStepper heir(trial.world.segment(), crashed.fence.view(), 2);
+        heir.hold(trial.ports, {trial.device});
+        REQUIRE(heir.take_over());
+        const VringCursors& cursors = receive ? trial.world.state().receive : trial.world.state().transmit;
+        const VringCursors& other = receive ? trial.world.state().transmit : trial.world.state().receive;
+        CHECK((cursors.fault.load() == QueueFault::kRecordInvalid) == shown);
+        CHECK(other.fault.load() == QueueFault::kNone);
+        check_second_pair_serves(trial.world, heir);
+      }
+    }
+}
+
 TEST_CASE("an untouched record is replayed, and a replayed one is empty") {
+  const std::uint64_t layout = GENERATE(from_range(kLayouts));
   for (const bool receive : {false, true}) {
-    const Crashed crashed(receive, 3);
-    Trial trial;
+    const Crashed crashed(receive, 3, layout);
+    Trial trial(layout);
     trial.world.copy_from(crashed.world);
     Flows flows = crashed.flows;
     ShardStepper heir(trial.world.segment(), crashed.fence.view(), 2);

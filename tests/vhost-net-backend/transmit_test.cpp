@@ -21,7 +21,8 @@ void check_rest(Bench& bench) {
 }  // namespace
 
 TEST_CASE("transmit: headers of 10 and 12 bytes, all chain styles, header split over descriptors") {
-  for (const std::uint64_t features : {std::uint64_t{0}, feature::kMergeable, feature::kVersion1})
+  for (const std::uint64_t features :
+       {std::uint64_t{0}, feature::kMergeable, feature::kVersion1, feature::kVersion1 | feature::kPacked})
     for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
       for (const auto& cuts : {std::vector<std::uint32_t>{10}, {12}, {1, 2, 3}, {7, 40}, {9, 11, 13, 27}, {30, 60}}) {
         WorldShape shape = small_world(features | feature::kIndirect);
@@ -64,17 +65,43 @@ TEST_CASE("transmit: ring and index wraps inside a burst, of virtqueue and AF_XD
     }
 }
 
+TEST_CASE("transmit: packed rings of any size and chains of any layout, many times around") {
+  for (const std::uint32_t size : {4u, 5u, 33u, 96u, 100u})
+    for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+      for (const std::uint32_t first : {0u, size - 1, size, 2 * size - 1, 2 * size - 3}) {
+        INFO("ring of " << size << ", from " << first << ", style " << static_cast<int>(style));
+        WorldShape shape = small_world(feature::kVersion1 | feature::kIndirect | feature::kPacked);
+        shape.nic.queue_size = size;
+        shape.nic.transmit = style;
+        shape.nic.first_index = static_cast<std::uint16_t>(first);
+        Bench bench(shape);
+        Ledger out(kFlow), in(kFlow);
+        std::uint32_t sent = 0;
+        for (int round = 0; round < 40; ++round) {
+          sent += send_from_guest(bench.world, kFlow, sent, 1 + static_cast<std::uint32_t>(round) % 35);
+          drain(bench.world, bench.owner, out, in);
+        }
+        CHECK(sent >= 40);
+        CHECK(out.finish(sent).clean());
+        CHECK(bench.state().transmit.next_used == bench.nic().transmit.used_taken());
+        CHECK(bench.state().transmit.next_avail == bench.nic().transmit.avail_index());
+        check_rest(bench);
+      }
+}
+
 TEST_CASE("transmit: a burst is at most 32 entries") {
-  Bench bench(small_world());
-  REQUIRE(send_from_guest(bench.world, kFlow, 0, 40) == 40);
-  CHECK(transmit_burst(bench.pair()) == kBurstPackets);
-  CHECK(bench.kernel().transmit_waiting() == kBurstPackets);
-  CHECK(transmit_burst(bench.pair()) == 8);
-  CHECK(transmit_burst(bench.pair()) == 0);
+  for (const std::uint64_t layout : kLayouts) {
+    Bench bench(small_world(feature::kVersion1 | layout));
+    REQUIRE(send_from_guest(bench.world, kFlow, 0, 40) == 40);
+    CHECK(transmit_burst(bench.pair()) == kBurstPackets);
+    CHECK(bench.kernel().transmit_waiting() == kBurstPackets);
+    CHECK(transmit_burst(bench.pair()) == 8);
+    CHECK(transmit_burst(bench.pair()) == 0);
+  }
 }
 
 TEST_CASE("transmit: no free frames, then again") {
-  WorldShape shape = small_world();
+  WorldShape shape = small_world(feature::kVersion1 | GENERATE(from_range(kLayouts)));
   shape.nic.queue_size = 256;
   shape.xsk.tx_entries = 256;  // frames run out first
   Bench bench(shape);
@@ -101,7 +128,7 @@ TEST_CASE("transmit: no free frames, then again") {
 }
 
 TEST_CASE("transmit: TX ring full, then again") {
-  WorldShape shape = small_world();
+  WorldShape shape = small_world(feature::kVersion1 | GENERATE(from_range(kLayouts)));
   shape.nic.queue_size = 128;
   shape.xsk.tx_frames = 128;
   shape.xsk.tx_entries = 16;
@@ -110,7 +137,7 @@ TEST_CASE("transmit: TX ring full, then again") {
   while (bench.owner.poll_once()) {
   }
   CHECK(bench.kernel().transmit_waiting() == 16);
-  CHECK(bench.nic().transmit.used_index() == 16);  // nothing is used before it is on the TX ring
+  CHECK(bench.nic().transmit.published() == 16);  // nothing is used before it is on the TX ring
   Ledger out(kFlow), in(kFlow);
   out.note(*bench.kernel().send());
   while (bench.owner.poll_once()) {
@@ -122,7 +149,7 @@ TEST_CASE("transmit: TX ring full, then again") {
 }
 
 TEST_CASE("transmit: dropped chains take no frame, also when no frame is left") {
-  WorldShape shape = small_world();
+  WorldShape shape = small_world(feature::kVersion1 | GENERATE(from_range(kLayouts)));
   Bench bench(shape);
   GuestQueue& queue = bench.nic().transmit;
   for (int i = 0; i < 64; ++i) {

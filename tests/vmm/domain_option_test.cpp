@@ -83,6 +83,7 @@ TEST_CASE("variants that are right") {
       {"bridge=\"br0\"", "bridge=\"exactly15letter\""},
       {"<driver queues='2'/>", ""},
       {"<driver queues='2'/>", "<driver name='vhost' queues='32'/>"},
+      {"<driver queues='2'/>", "<driver queues='2' packed='on'/>"},
       {"<source type='memfd'/>", "<source type='file'/>"},
       {"<source type='memfd'/>", "<hugepages/>"},
       {"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n  <cpu mode='host-model'>",

@@ -89,7 +89,7 @@ class Site {
     record.used_after = static_cast<std::uint16_t>(vring.next_used + count);
     record.queue_pair = 0;
     record.epoch = 1;
-    record.padding = 0;
+    record.poisoned = 0;
     record.generation = 1;
     const XskPort& port = *ports_->ports[0];
     record.consumer_before = port.rx.consumer();
@@ -98,7 +98,7 @@ class Site {
     record.producer_after = record.producer_before + count;
     for (std::uint16_t i = 0; i < count; ++i) {
       record.frames[i] = {transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512, 64, 0};
-      record.used[i] = {i, 76};
+      record.used[i] = {i, 1, 76};
     }
     seal();
   }

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long traffic stands still when the backend dies, and where the time goes.
+
+A prober on one core sends numbered frames through a backend on the other that loops them back: Tandem with null='loopback',
+testpmd forwarding between its one net_vhost port and itself, OVS-DPDK between two ports of a bridge. The blackout is the
+longest gap between two arrivals around the kill. Tandem's incidents, on the same clock, break it down. Who restarts whom:
+Tandem's standby takes over; testpmd is restarted by a loop here as soon as it has ended; ovs-vswitchd restarts itself
+(--monitor).
+"""
+import dataclasses
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import ovs
+import tandem
+from prober import Prober, median
+from results import wanted
+from world import BACKEND_CORE, GUEST_CORE, NICE, CannotRun, wait_for
+
+RATE = 100_000
+GAP_US = 25  # two and a half intervals
+CAUSES = {"SIGSEGV": signal.SIGSEGV, "SIGKILL": signal.SIGKILL, "hang": signal.SIGSTOP}
+OVS_CAUSES = ("SIGSEGV", "SIGKILL")
+PEER_LIMIT = 15  # seconds for a peer to come back
+HANG_LIMIT = 3  # seconds after which nobody is expected to notice a hang
+
+
+@dataclasses.dataclass
+class Found:
+    """What kills of one kind did to one system, over all rounds."""
+
+    blackouts: list = dataclasses.field(default_factory=list)  # us
+    own: list = dataclasses.field(default_factory=list)  # us, the prober's part of each
+    steps: list = dataclasses.field(default_factory=list)
+    account: dict = dataclasses.field(default_factory=lambda: {"lost": 0, "duplicated": 0, "reordered": 0})
+    controls: list = dataclasses.field(default_factory=list)  # us
+    problem: CannotRun | None = None
+
+    def add(self, seen, windows):
+        """`windows`: where the gap of each kill must show, begin and end."""
+        for begin, end in windows:
+            longest = seen.longest(begin, end)
+            # Shorter than any gap that is noted: the traffic went on.
+            self.blackouts.append(longest[0] if longest else GAP_US)
+            self.own.append(longest[1] if longest else 0)
+        for key, count in seen.account().items():
+            self.account[key] += count
+
+
+def _us(value):
+    return None if value is None else value / 1000
+
+
+def _steps(incident):
+    """The parts of one takeover in us, from the incident's time line (relative to the fence's mark)."""
+    line = incident["timeline_ns"]
+    awake, replayed, first = line["heir_awake"], line["replayed"], line["first_transaction"]
+    # A sleeping owner's last heartbeat says nothing.
+    heartbeat = None if incident["owner_state"] == "asleep" or line["last_heartbeat"] is None else -line["last_heartbeat"]
+    return {"heartbeat_to_fence_us": _us(heartbeat), "fence_to_awake_us": _us(awake),
+            "awake_to_replayed_us": None if None in (awake, replayed) else _us(replayed - awake),
+            "replayed_to_first_us": None if None in (first, replayed) else _us(first - replayed)}
+
+
+def _tandem(world, cause, number, found):
+    host = tandem.Tandem(world, polling="adaptive")
+    try:
+        host.provide({tandem.MAC: "null='loopback'"})
+        prober = Prober(world, [host.socket()], RATE, gap_us=GAP_US).wait_running()
+        windows = []
+        known = {incident["id"] for incident in host.incidents()}
+        victim = None
+        for _ in range(number):
+            pair = host.wait_whole(not_pid=victim)
+            time.sleep(1.2)  # half a second around each kill is left out of the control
+            victim = pair["active"]["pid"]
+            at = time.monotonic_ns()
+            os.kill(victim, CAUSES[cause])
+            incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
+                                              one["timeline_ns"]["first_transaction"] is not None), None), 20,
+                                f"the incident after {cause}", 0.02)
+            known.add(incident["id"])
+            resumed = incident["fence_time_ns"] + incident["timeline_ns"]["first_transaction"]
+            windows.append((at - 1_000_000, resumed + 2_000_000))
+            found.steps.append(_steps(incident))
+        host.wait_whole(not_pid=victim)
+        time.sleep(0.7)
+        seen = prober.finish()
+        found.add(seen, windows)
+        length = int(median([end - begin for begin, end in windows]))
+        found.controls += seen.control(length, [begin for begin, _ in windows], GAP_US)
+        host.release()
+    finally:
+        host.close()
+
+
+class _RestartedTestpmd:
+    """testpmd with one vhost port that forwards to itself, and the loop that starts it again."""
+
+    def __init__(self, world):
+        self.world = world
+        self.path = world.path("restarted.sock")
+        world.need_huge_pages()
+        self._words = ("nice", "-n", str(NICE), world.tool("dpdk-testpmd", "dpdk-dev"), "--no-pci", "-l",
+                       f"{BACKEND_CORE},{GUEST_CORE}", "--main-lcore", str(GUEST_CORE), "--in-memory", "--single-file-segments",
+                       "-m", "96", "--no-telemetry", f"--file-prefix=restarted{os.getpid()}", "--vdev",
+                       f"net_vhost0,iface={self.path},queues=1", "--", "--auto-start", "--forward-mode=io", "--nb-cores=1",
+                       "--total-num-mbufs=8192")
+        self._stop = threading.Event()
+        self.child = None
+        self._begin()
+        self._loop = threading.Thread(target=self._supervise, daemon=True)
+        self._loop.start()
+
+    def _begin(self):
+        if os.path.exists(self.path):
+            os.unlink(self.path)  # librte_vhost does not bind over the socket of a dead process
+        # It ends when its standard input does.
+        self.child = self.world.start(self._words, "restarted.log", stdin=subprocess.PIPE)
+
+    def _supervise(self):
+        while not self._stop.is_set():
+            try:
+                self.child.wait(0.005)
+            except subprocess.TimeoutExpired:
+                continue
+            if not self._stop.is_set():
+                self._begin()
+
+    def close(self):
+        self._stop.set()
+        self._loop.join()
+        self.child.send_signal(signal.SIGCONT)
+        self.child.kill()
+        self.world.forget(self.child)
+
+
+
+
+def _peer_windows(kills):
+    return [(at, at + PEER_LIMIT * 1_000_000_000) for at in kills]
+
+
+def _testpmd(world, cause, number, found):
+    backend = _RestartedTestpmd(world)
+    try:
+        wait_for(lambda: os.path.exists(backend.path), 30, "testpmd to make its vhost socket", 0.02)
+        prober = Prober(world, [backend.path], RATE, gap_us=GAP_US).wait_running()
+        kills = []
+        for _ in range(1 if cause == "hang" else number):
+            time.sleep(1.0)
+            child = backend.child
+            kills.append(time.monotonic_ns())
+            child.send_signal(CAUSES[cause])
+            if cause == "hang":
+                time.sleep(HANG_LIMIT)
+                child.send_signal(signal.SIGCONT)
+                time.sleep(0.5)
+                break
+            wait_for(lambda child=child: backend.child is not child and os.path.exists(backend.path), PEER_LIMIT,
+                     "testpmd to be started again", 0.01)
+            time.sleep(3.0)  # its ports, and the prober's new connection
+        found.add(prober.finish(), _peer_windows(kills))
+    finally:
+        backend.close()
+
+
+def _ovs(world, cause, number, found):
+    switch = ovs.Switch(world, ["left", "right"])
+    try:
+        prober = Prober(world, [switch.socket("left"), switch.socket("right")], RATE, gap_us=GAP_US, senders=1, listen=True,
+                        limit=90).wait_running()
+        kills = []
+        for _ in range(number):
+            time.sleep(1.0)
+            victim = switch.pid()
+            kills.append(time.monotonic_ns())
+            os.kill(victim, CAUSES[cause])
+            wait_for(lambda victim=victim: switch.given_up() or switch.pid() not in (None, victim), 20,
+                     "ovs-vswitchd to restart itself", 0.01)
+            if switch.given_up():
+                found.problem = CannotRun("its monitor ends too, so nobody starts it again: no traffic any more")
+                prober.finish()
+                return
+            time.sleep(4.0)  # its ports connect again once a second
+        found.add(prober.finish(), _peer_windows(kills))
+    finally:
+        switch.close()
+
+
+# system: (how, causes, who takes over, kills of each kind in a round). OVS's monitor restarts it once in 10 s at the most, so
+# each of its kills has a fresh switch.
+SYSTEMS = {"tandem": (_tandem, tuple(CAUSES), "asleep", 5), "testpmd": (_testpmd, tuple(CAUSES), "restart", 2),
+           "ovs-dpdk": (_ovs, OVS_CAUSES, "restart", 1)}
+
+
+def _rows(report, system, heir, cause, found):
+    if found.problem:
+        report.could_not(f"{system} {cause}", found.problem)
+    if not found.blackouts:
+        return
+    steps = {key: median(step[key] for step in found.steps) for key in found.steps[0]} if found.steps else {}
+    # testpmd's hang ends because we end it.
+    report.row({"cause": cause, "heir": heir}, system, "us", found.blackouts, noticed=system == "tandem" or cause != "hang",
+               prober_us=median(found.own), **steps, **found.account)
+
+
+def run(world, report, quick, only=None):
+    rounds = 1 if quick else 6
+    results = {(system, cause): Found() for system, (_, causes, _, _) in SYSTEMS.items() for cause in causes
+               if wanted(only, system=system, cause=cause)}
+    for _ in range(rounds):
+        for (system, cause), found in results.items():
+            how, _, _, number = SYSTEMS[system]
+            if found.problem:
+                continue
+            try:
+                how(world, cause, min(number, 2) if quick else number, found)
+            except CannotRun as error:
+                found.problem = error
+    for (system, cause), found in results.items():
+        _rows(report, system, SYSTEMS[system][2], cause, found)
+    controls = [gap for found in results.values() for gap in found.controls]
+    if controls:
+        report.row({"cause": "none (control)", "heir": "asleep"}, "tandem", "us", controls)
+    base = next((row for row in report.data["rows"] if row["system"] == "tandem" and row["cause"] == "SIGSEGV"), None)
+    for row in report.data["rows"]:
+        if base and row["system"] != "tandem" and row["cause"] == "SIGSEGV":
+            row["times_longer"] = round(row["median"] / base["median"], 1)
+    report.note("this version has no polling heir: there are no rows for one")
+    report.note(f"nobody notices a hang of testpmd: its row ends when it is continued after {HANG_LIMIT} s")
+    report.note(f"{RATE} frames of 64 B a second; gaps below {GAP_US} us are not told apart. prober_us: longest stretch of the "
+                "gap in which the prober itself did not run")
