@@ -51,6 +51,16 @@ nlohmann::json relative(std::uint64_t time, std::uint64_t zero) {
   return static_cast<std::int64_t>(time) - static_cast<std::int64_t>(zero);
 }
 
+// In what the heir had to fall back to less than exactly once, because of what its predecessor had left behind.
+nlohmann::json fallbacks(const TakeoverTimeline& timeline) {
+  nlohmann::json list = nlohmann::json::array();
+  if (timeline.record_armed != 0 && timeline.record_valid == 0)
+    list.push_back(timeline.replayed_kind == 0
+                       ? "the record was damaged or its device gone: its burst may be lost or repeated"
+                       : "record and cursors did not match: that queue was stopped");
+  return list;
+}
+
 const char* phase_name(PacketPhase phase) {
   return phase == PacketPhase::kTransmit ? "transmit" : phase == PacketPhase::kReceive ? "receive" : "replay";
 }
@@ -138,6 +148,7 @@ nlohmann::json Incident::to_json() const {
             {"first_transaction", relative(timeline.first_transaction_ns, zero)}}},
           {"replayed", std::move(replayed)},
           {"queue_pairs", timeline.queue_pairs},
+          {"fallback", fallbacks(timeline)},
           {"suspect", suspect_json(*this)},
           {"poison", poison_json(*this)},
           {"parked", parked_mac.empty() ? nlohmann::json() : nlohmann::json(parked_mac)},

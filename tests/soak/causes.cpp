@@ -18,6 +18,7 @@ const std::vector<Cause>& causes() {
       {"SIGSTOP", Means::kSignal, SIGSTOP, nullptr, "SIGKILL", "any"},
       {"spin", Means::kDrill, 0, "spin", "SIGKILL", "spinning"},
       {"blocked", Means::kDrill, 0, "block", "SIGKILL", "blocked"},
+      {"livelock", Means::kDrill, 0, "livelock", "SIGKILL", "no progress"},
       // The OOM killer may take longer over it than an owner may stand still.
       {"OOM kill", Means::kMemory, 0, nullptr, "SIGKILL", "any"},
   };

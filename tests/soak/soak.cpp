@@ -160,9 +160,12 @@ Kill Soak::kill_once(const Cause& cause) {
     if (kill.unexpected.empty() && cgroup_->killed() == 0) kill.unexpected = "not the OOM killer's work";
     cgroup_.reset();
   }
-  // On a busy machine a starved owner may be taken for hung just before it is struck: then that was its end.
-  const bool too_late = !kill.unexpected.empty() && !kill.incidents.empty() && kill.incidents[0].contains("hang") &&
-                        kill.incidents[0]["hang"].is_string();
+  // On a busy machine a starved owner may be taken for hung just before it is struck, or just as it is: then that was
+  // its end. Counted apart.
+  const bool verdict = std::any_of(kill.incidents.begin(), kill.incidents.end(), [](const json& incident) {
+    return incident.contains("hang") && incident["hang"].is_string();
+  });
+  const bool too_late = verdict && (cause.hang == nullptr || !kill.unexpected.empty());
   if (too_late) {
     ++unasked_;
     kill.cause = kTooLate;

@@ -100,6 +100,18 @@ Tally Load::tally_of(std::size_t guest) const {
   return tally;
 }
 
+std::vector<std::uint64_t> Load::arrived_by_flow() const {
+  std::vector<std::uint64_t> arrived;
+  const auto locked = lock();
+  for (const Flow& flow : flows_) arrived.push_back(flow.ledger.arrived());
+  return arrived;
+}
+
+std::uint64_t Load::damaged_bytes(std::size_t guest) const {
+  const auto locked = lock();
+  return guests_[guest]->damaged_bytes();
+}
+
 void Load::begin_stretch() {
   const auto locked = lock();
   for (Flow& flow : flows_) flow.longest_ns = 0;

@@ -58,6 +58,11 @@ class Load {
   /// Of the flows from and to one guest.
   [[nodiscard]] Tally tally_of(std::size_t guest) const;
 
+  /// Frames arrived, by flow.
+  [[nodiscard]] std::vector<std::uint64_t> arrived_by_flow() const;
+  /// LoadGuest::damaged_bytes() of one guest.
+  [[nodiscard]] std::uint64_t damaged_bytes(std::size_t guest) const;
+
   /// From now on the longest silence is measured.
   void begin_stretch();
   struct Stretch {

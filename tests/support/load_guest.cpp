@@ -8,6 +8,8 @@
 #include <array>
 #include <cstring>
 
+#include "common/crc32c.hpp"
+
 namespace tandem::test {
 
 namespace {
@@ -42,7 +44,9 @@ LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number)
       // Odd queue pairs have small buffers, so that long frames take two of them (MRG_RXBUF).
       receive_bytes(number % 2 == 0 ? 2048 : 1024),
       receive_slot_of(kRingSize),
-      send_slot_of(kRingSize) {
+      send_slot_of(kRingSize),
+      sent_crc(kSlots),
+      sent_length(kSlots) {
   for (std::uint32_t slot = kSlots; slot > 0; --slot) free_send_slots.push_back(static_cast<std::uint16_t>(slot - 1));
 }
 
@@ -53,6 +57,9 @@ LoadGuest::LoadGuest(const std::string& socket, std::uint32_t queue_pairs)
   space_.add(ScriptedFrontEnd::kBuffersGuest, memory.size() - front_end_.rings_size(),
              memory.data() + front_end_.rings_size());
   for (std::uint32_t pair = 0; pair < queue_pairs; ++pair) pairs_.emplace_back(space_, pair);
+  for (std::uint32_t vring = 0; vring < 2 * queue_pairs; ++vring)
+    shadows_.push_back({std::vector<vring_desc>(kRingSize), std::vector<std::uint16_t>(kRingSize)});
+  fill_canaries();
   front_end_.negotiate();
   front_end_.start();
   for (Pair& pair : pairs_) {
@@ -86,14 +93,19 @@ void LoadGuest::post(Pair& pair, std::uint16_t slot) {
   const auto head = pair.receive.add({&piece, 1});
   if (!head) return count_error();
   pair.receive_slot_of[*head] = slot;
+  remember(pair.receive, 2 * pair.index, *head);
 }
 
 void LoadGuest::reclaim(Pair& pair) {
   while (const auto used = pair.transmit.take_used()) {
-    if (used->expected)
-      pair.free_send_slots.push_back(pair.send_slot_of[used->id]);
-    else
+    if (!used->expected) {
       count_error();
+      continue;
+    }
+    const std::uint16_t slot = pair.send_slot_of[used->id];
+    const std::byte* at = space_.at(slot_address(2 * pair.index + 1, slot));
+    if (crc32c_extend(~0u, at, pair.sent_length[slot]) != pair.sent_crc[slot]) ++damaged_packets_;
+    pair.free_send_slots.push_back(slot);
   }
 }
 
@@ -113,6 +125,9 @@ bool LoadGuest::send(std::uint32_t index, const std::function<std::size_t(std::s
   const auto head = index % 2 == 0 ? pair.transmit.add(pieces) : pair.transmit.add({&whole, 1});
   if (!head) return count_error(), false;
   pair.send_slot_of[*head] = slot;
+  pair.sent_length[slot] = kHeader + length;
+  pair.sent_crc[slot] = crc32c_extend(~0u, at, kHeader + length);
+  remember(pair.transmit, 2 * index + 1, *head);
   return true;
 }
 
@@ -175,6 +190,54 @@ std::size_t LoadGuest::receive(std::uint32_t index, const std::function<void(std
     if (pair.receive.kick_wanted()) kick(vring);
   }
   return frames;
+}
+
+void LoadGuest::remember(const GuestQueue& queue, std::uint32_t vring, std::uint16_t head) {
+  Shadow& shadow = shadows_[vring];
+  shadow.avail[static_cast<std::uint16_t>(queue.avail_index() - 1) % kRingSize] = head;
+  for (std::uint16_t index = head;; index = shadow.descriptors[index].next) {
+    shadow.descriptors[index] = queue.descriptor(index);
+    if ((shadow.descriptors[index].flags & VRING_DESC_F_NEXT) == 0) return;
+  }
+}
+
+// Everything that neither side ever has a reason to write: (bytes, length).
+template <class Visitor>
+void LoadGuest::for_each_canary(Visitor visit) {
+  std::byte* memory = front_end_.memory().data();
+  constexpr std::uint64_t kDescriptorBytes = kRingSize * sizeof(vring_desc);
+  constexpr std::uint64_t kAvailBytes = 4 + 2 * std::uint64_t{kRingSize} + 2;
+  constexpr std::uint64_t kUsedBytes = 4 + sizeof(vring_used_elem) * std::uint64_t{kRingSize} + 2;
+  for (std::uint32_t vring = 0; vring < shadows_.size(); ++vring) {
+    std::byte* area = memory + vring * DriverQueue::kAreaSize;
+    visit(area + kDescriptorBytes, DriverQueue::kAvailAt - kDescriptorBytes);
+    visit(area + DriverQueue::kAvailAt + kAvailBytes, DriverQueue::kUsedAt - DriverQueue::kAvailAt - kAvailBytes);
+    visit(area + DriverQueue::kUsedAt + kUsedBytes, DriverQueue::kAreaSize - DriverQueue::kUsedAt - kUsedBytes);
+    for (std::uint32_t slot = 0; slot < kSlots; ++slot)
+      visit(space_.at(slot_address(vring, slot)) + kSlotBytes / 2, kSlotBytes / 2);
+  }
+}
+
+void LoadGuest::fill_canaries() {
+  for_each_canary([](std::byte* at, std::size_t size) { std::memset(at, 0xa5, size); });
+}
+
+std::uint64_t LoadGuest::damaged_bytes() {
+  std::uint64_t damaged = 0;
+  for_each_canary([&](const std::byte* at, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i) damaged += at[i] != std::byte{0xa5};
+  });
+  for (std::uint32_t vring = 0; vring < shadows_.size(); ++vring) {
+    const DriverQueue& ring = front_end_.queue(vring);
+    const auto compare = [&](const void* found, const void* left, std::size_t size) {
+      for (std::size_t i = 0; i < size; ++i)
+        damaged += static_cast<const std::byte*>(found)[i] != static_cast<const std::byte*>(left)[i];
+    };
+    compare(ring.descriptors, shadows_[vring].descriptors.data(), kRingSize * sizeof(vring_desc));
+    compare(ring.avail->ring, shadows_[vring].avail.data(), kRingSize * sizeof(std::uint16_t));
+  }
+  for (Pair& pair : pairs_) reclaim(pair);
+  return damaged + damaged_packets_;
 }
 
 }  // namespace tandem::test

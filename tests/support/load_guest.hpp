@@ -43,6 +43,9 @@ class LoadGuest {
   /// Used entries that named no chain of ours, impossible lengths, chains returned empty.
   [[nodiscard]] std::uint64_t ring_errors() const { return ring_errors_.load(std::memory_order_relaxed); }
   [[nodiscard]] ScriptedFrontEnd& front_end() { return front_end_; }
+  /// Bytes that nobody but the driver may write and that are not as it left them: descriptors, avail rings, the room
+  /// between and behind buffers, and packets it had sent. Not beside send() and receive().
+  std::uint64_t damaged_bytes();
   /// How the rings stand, in words.
   [[nodiscard]] std::string describe();
   /// Guest address of a buffer.
@@ -56,7 +59,18 @@ class LoadGuest {
     std::uint32_t receive_bytes;                               // of each receive buffer
     std::vector<std::uint16_t> receive_slot_of, send_slot_of;  // by head
     std::vector<std::uint16_t> free_send_slots;
+    std::vector<std::uint32_t> sent_crc;  // by send slot: of what the device is to read
+    std::vector<std::uint32_t> sent_length;
   };
+  // The driver's private copy of what it wrote into one ring.
+  struct Shadow {
+    std::vector<vring_desc> descriptors;
+    std::vector<std::uint16_t> avail;
+  };
+  void remember(const GuestQueue& queue, std::uint32_t vring, std::uint16_t head);
+  void fill_canaries();
+  template <class Visitor>
+  void for_each_canary(Visitor visit);
   void post(Pair& pair, std::uint16_t slot);
   void reclaim(Pair& pair);
   void kick(std::uint32_t vring);
@@ -65,6 +79,8 @@ class LoadGuest {
   ScriptedFrontEnd front_end_;
   GuestSpace space_;
   std::vector<Pair> pairs_;
+  std::vector<Shadow> shadows_;  // by vring
+  std::uint64_t damaged_packets_ = 0;
   std::vector<std::byte> joined_;  // a frame out of several buffers
   std::atomic<bool> return_pages_{false};
   std::atomic<std::uint64_t> ring_errors_{0};
