@@ -25,7 +25,7 @@ constexpr int kChildControlFd = 3;
 constexpr int kExitMissing = 127;
 constexpr int kExitNotExecutable = 126;
 // CPU time at real-time priority without a blocking system call.
-constexpr rlim_t kRealTimeLimitUs = 200'000;
+constexpr rlim_t kRealTimeLimitUs = 2'000'000;
 
 // Everything a child does between fork and exec; returns only on failure. Async-signal-safe calls only.
 int become_backend(const char* program, char* const* arguments, char* const* environment, const passwd* account,
