@@ -408,7 +408,7 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
       return on_ready(member, std::get<ReadyBody>(parsed->body));
     case ControlType::kHeld:
       member.held[device->device] = device->generation;
-      return;
+      return listener_.on_held(*this, device->device);
     case ControlType::kInForce:
       member.held[device->device] = device->generation;
       prune_generations(device->device);
@@ -790,6 +790,7 @@ void Pair::release(std::uint32_t device) {
   if (found == devices_.end()) return;
   const auto begin = queue_pair_used_.begin() + found->second.first_queue_pair;
   std::fill(begin, begin + static_cast<std::ptrdiff_t>(found->second.ports.size()), false);
+  for (Member& member : members_) member.held.erase(device);
   devices_.erase(found);
 }
 
@@ -801,6 +802,14 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
     lowest = std::min(
         lowest, segment_->queue_pairs[found->second.first_queue_pair + i].generation.load(std::memory_order_acquire));
   return lowest;
+}
+
+bool Pair::serves(std::uint32_t device) const {
+  return state_ == PairState::kPaired && in_force(device) != 0 &&
+         std::all_of(members_.begin(), members_.end(), [device](const Member& member) {
+           const bool serving = member.stage == Member::Stage::kOwner || member.stage == Member::Stage::kArmed;
+           return !serving || member.held.contains(device);
+         });
 }
 
 bool Pair::kill_if_hung(const std::string& why) {

@@ -57,6 +57,8 @@ class Pair {
   struct Listener {
     virtual ~Listener() = default;
     virtual void on_in_force(Pair& pair, std::uint32_t device) = 0;
+    /// A member holds a newer generation of the device's description.
+    virtual void on_held(Pair& pair, std::uint32_t device) = 0;
     virtual void on_detached(Pair& pair, std::uint32_t device) = 0;
     /// A member that serves already cannot map what a new device needs, and goes on without it.
     virtual void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) = 0;
@@ -126,6 +128,9 @@ class Pair {
 
   /// Generation in force for every queue pair of the device: the smallest of them.
   [[nodiscard]] std::uint64_t in_force(std::uint32_t device) const;
+  /// Whether the pair is whole, a generation of the device is in force, and owner and heir hold one: both have mapped
+  /// its uplink.
+  [[nodiscard]] bool serves(std::uint32_t device) const;
   /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills
   /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);

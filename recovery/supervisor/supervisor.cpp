@@ -169,7 +169,12 @@ void Supervisor::find_new_vault() {
 
 // ---- what pairs report ----
 
+void Supervisor::on_held(Pair&, std::uint32_t) {
+  if (!provisioning_.empty()) soon_["provisioning"] = loop_.soon([this] { check_provisioning(); });
+}
+
 void Supervisor::on_in_force(Pair& pair, std::uint32_t device) {
+  on_held(pair, device);
   Nic* nic = find_nic(pair, device);
   if (nic != nullptr && nic->pending && pair.in_force(device) >= nic->pending->generation) finish_request(*nic);
 }

@@ -42,6 +42,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
 
   // Pair::Listener
   void on_in_force(Pair& pair, std::uint32_t device) override;
+  void on_held(Pair& pair, std::uint32_t device) override;
   void on_detached(Pair& pair, std::uint32_t device) override;
   void on_cannot_attach(Pair& pair, std::uint32_t device, const std::string& why) override;
   void on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTimeline& timeline, pid_t victim,

@@ -126,7 +126,7 @@ void Supervisor::check_provisioning() {
     std::string failure;
     for (const std::string& mac : current->macs) {
       const auto nic = nics_.find(mac);
-      ready = ready && nic != nics_.end() && nic->second.pair->state() == PairState::kPaired &&
+      ready = ready && nic != nics_.end() && nic->second.pair->serves(nic->second.device_index) &&
               nic->second.uplink->connected();
       if (nic != nics_.end() && !nic->second.start_failure.empty()) failure = nic->second.start_failure;
     }

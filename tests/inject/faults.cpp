@@ -2,10 +2,7 @@
 // Choosing places and breaking them.
 #include "tests/inject/faults.hpp"
 
-#include <grp.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +10,7 @@
 #include <cstring>
 
 #include "common/layout/segment.hpp"
+#include "tests/support/process_limit.hpp"
 
 namespace tandem::test {
 
@@ -167,24 +165,11 @@ Injected damage_segment(const Victim& victim, Random& random) {
           .what = {{"segment_offset", offset}, {"bit", bit}}};
 }
 
-// Sets a limit of a running process. In its own name, from a child: that needs no CAP_SYS_RESOURCE (prlimit(2)).
-Injected limit(const Victim& victim, __rlimit_resource resource, rlim_t value) {
-  struct stat owner {};
-  if (::stat(("/proc/" + std::to_string(victim.pid())).c_str(), &owner) != 0) return {};
-  const pid_t child = ::fork();
-  if (child == 0) {
-    rlimit limits{};
-    const bool set = ::setgroups(0, nullptr) == 0 && ::setresgid(owner.st_gid, owner.st_gid, owner.st_gid) == 0 &&
-                     ::setresuid(owner.st_uid, owner.st_uid, owner.st_uid) == 0 &&
-                     ::prlimit(victim.pid(), resource, nullptr, &limits) == 0 && (limits.rlim_cur = value, true) &&
-                     ::prlimit(victim.pid(), resource, &limits, nullptr) == 0;
-    ::_exit(set ? 0 : errno);
-  }
-  int status = 0;
-  if (child < 0 || ::waitpid(child, &status, 0) != child || !WIFEXITED(status)) return {};
+Injected limit(const Victim& victim, int resource, rlim_t value) {
+  const int error = set_soft_limit(victim.pid(), resource, value);
   nlohmann::json what{{"limit", value}};
-  if (WEXITSTATUS(status) != 0) what["error"] = std::strerror(WEXITSTATUS(status));
-  return {.done = WEXITSTATUS(status) == 0, .what = std::move(what)};
+  if (error != 0) what["error"] = std::strerror(error);
+  return {.done = error == 0, .what = std::move(what)};
 }
 
 }  // namespace

@@ -152,6 +152,13 @@ std::uint64_t Traffic::arrived_out() const {
   return sum;
 }
 
+std::uint64_t Traffic::least_out() const {
+  if (out_.size() < next_out_.size()) return 0;
+  std::uint64_t least = ~std::uint64_t{0};
+  for (const auto& [flow, account] : out_) least = std::min(least, account.arrived());
+  return least;
+}
+
 std::size_t Traffic::send_in() {
   std::uint64_t sent = 0;
   for (const std::uint32_t next : next_in_) sent += next;

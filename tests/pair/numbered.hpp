@@ -91,6 +91,8 @@ class Traffic {
 
   [[nodiscard]] std::uint64_t arrived_in() const;
   [[nodiscard]] std::uint64_t arrived_out() const;
+  /// Frames that arrived outside from the queue pair that sent fewest.
+  [[nodiscard]] std::uint64_t least_out() const;
   /// Frames that arrived at the guest by queue pair.
   [[nodiscard]] const std::vector<std::uint64_t>& by_pair() const { return by_pair_; }
   Outside& outside() { return outside_; }

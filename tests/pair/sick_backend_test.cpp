@@ -11,6 +11,7 @@
 #include <fstream>
 
 #include "tests/pair/fixture.hpp"
+#include "tests/support/process_limit.hpp"
 
 using namespace tandem;
 using namespace tandem::test;
@@ -122,15 +123,12 @@ TEST_CASE("a running pair that cannot map a new NIC refuses it and serves the ot
       const pid_t pid = limited == 0 ? host.active() : host.standby();
       INFO((limited == 0 ? "the owner" : "the standby"));
       REQUIRE(traffic.pump_frames(100));
-      rlimit enough{};
-      REQUIRE(::prlimit(pid, RLIMIT_AS, nullptr, &enough) == 0);
-      const rlimit little{(kilobytes(pid, "VmSize") + 512) * 1024, enough.rlim_max};
-      if (::prlimit(pid, RLIMIT_AS, &little, nullptr) != 0) FAIL("limit its memory: " << std::strerror(errno));
+      REQUIRE(set_soft_limit(pid, RLIMIT_AS, (kilobytes(pid, "VmSize") + 512) * 1024) == 0);
       const auto answer = host.prepare_domain("other", {{.mac = kOtherMac}});
       INFO(answer.dump());
       CHECK_FALSE(answer.value("ok", true));
       CHECK(answer.value("error", "").find("a backend cannot serve NIC " + kOtherMac) != std::string::npos);
-      REQUIRE(::prlimit(pid, RLIMIT_AS, &enough, nullptr) == 0);
+      REQUIRE(set_soft_limit(pid, RLIMIT_AS, RLIM_INFINITY) == 0);
       CHECK(host.nic(kOtherMac).is_null());
       require_domain(host, "other", {{.mac = kOtherMac}});
       CHECK(host.release_domain("other").value("ok", false));

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vault dies: front ends lose their connections, come back within 2 s, and their traffic goes on; the pair stays.
-#include <sched.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -24,31 +23,13 @@ pid_t vault_of(const PairHost& host) {
   return 0;
 }
 
-/// Frames come to the guest by every queue pair and go out by every one. A veth picks the queue by the sender's CPU:
-/// the test moves from one to the other, so that a flow may change its queue, and with it its order.
+/// Frames go out by every queue pair, and come in (by which of them is the bridge's choice).
 void require_every_pair(PairHost& host, Traffic& traffic) {
-  cpu_set_t before;
-  REQUIRE(::sched_getaffinity(0, sizeof before, &before) == 0);
-  int turn = 0;
-  const bool all = traffic.pump_until([&] {
-    if (turn++ % 64 == 0) {
-      cpu_set_t one;
-      CPU_ZERO(&one);
-      CPU_SET(static_cast<unsigned>(turn / 64 % ::sysconf(_SC_NPROCESSORS_ONLN)), &one);
-      ::sched_setaffinity(0, sizeof one, &one);
-    }
-    const auto& pairs = traffic.by_pair();
-    return traffic.arrived_out() > 200 &&
-           std::all_of(pairs.begin(), pairs.end(), [](std::uint64_t frames) { return frames > 20; });
-  });
-  ::sched_setaffinity(0, sizeof before, &before);
-  for (const std::uint64_t frames : traffic.by_pair()) UNSCOPED_INFO(frames << " frames by a queue pair");
-  if (!all) FAIL("one of them stands still: " << host.nic(kMac).dump(2) << host.pair().dump(2));
+  if (!traffic.pump_until([&] { return traffic.least_out() > 100 && traffic.arrived_in() > 100; }))
+    FAIL("a queue pair stands still: " << host.nic(kMac).dump(2) << host.pair().dump(2));
   const TrafficResult result = traffic.finish();
   CAPTURE(result);
-  CHECK(result.lost == 0);
-  CHECK(result.duplicated == 0);
-  CHECK(result.corrupt == 0);
+  CHECK(result.clean());
 }
 
 void kill_vault(std::uint32_t queue_pairs) {
