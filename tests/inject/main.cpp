@@ -19,7 +19,7 @@ namespace {
 struct Options {
   std::uint64_t runs = 20, seed = 1, only_run = ~std::uint64_t{0}, rate = 20'000;
   std::string only_kind;
-  bool progress = false;
+  bool progress = false, containment_only = false;
 } options;
 InjectReport report;
 
@@ -61,6 +61,9 @@ int main(int argc, char** argv) {
   app.add_option("--kind", options.only_kind, "Only faults of this kind, by its name in the report");
   app.add_option("--rate", options.rate, "Frames per second; 0: as many as go");
   app.add_flag("--progress", options.progress, "A line for each run");
+  app.add_flag("--containment-only", options.containment_only,
+               "Exit status 0 if no guest and no other device was harmed, whatever the share of recovered faults: for "
+               "numbers of runs that say nothing about a rate");
   CLI11_PARSE(app, argc, argv);
   if (options.only_run != ~std::uint64_t{0}) options.runs = std::max(options.runs, options.only_run + 1);
   if (const std::string reason = PairHost::prepare(); !reason.empty()) {
@@ -81,5 +84,5 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  return failures == 0 && report.good() ? 0 : 1;
+  return failures == 0 && (options.containment_only ? report.contained() : report.good()) ? 0 : 1;
 }

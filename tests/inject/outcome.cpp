@@ -78,8 +78,11 @@ std::uint64_t InjectReport::sum(OutcomeClass outcome) const {
 bool InjectReport::good() const {
   const std::uint64_t recovered = sum(OutcomeClass::kCrashRecovered) + sum(OutcomeClass::kHangRecovered);
   const std::uint64_t not_recovered = unrecovered_.size();
-  return complete_ && sum(OutcomeClass::kGuestHarmed) == 0 && sum(OutcomeClass::kOtherHarmed) == 0 &&
-         not_recovered * 100 <= recovered + not_recovered;
+  return contained() && not_recovered * 100 <= recovered + not_recovered;
+}
+
+bool InjectReport::contained() const {
+  return complete_ && sum(OutcomeClass::kGuestHarmed) == 0 && sum(OutcomeClass::kOtherHarmed) == 0;
 }
 
 nlohmann::json InjectReport::to_json() const {

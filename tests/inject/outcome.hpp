@@ -57,6 +57,8 @@ class InjectReport {
   void add(const Run& run);
   /// At least 99 % of what manifested was recovered, no guest or other device was harmed.
   [[nodiscard]] bool good() const;
+  /// No guest and no other device was harmed; what became of the victim's own packets is not judged.
+  [[nodiscard]] bool contained() const;
   [[nodiscard]] nlohmann::json to_json() const;
   void print() const;
   void set_complete() { complete_ = true; }
