@@ -171,7 +171,10 @@ std::size_t Load::round(bool send) {
     allowance_ = std::min(allowance_, static_cast<double>(kBurst * flows_.size()));
     allowance_ns_ = now;
   }
-  for (Flow& flow : flows_) {
+  // Each round begins with another flow, or those at the end would get what a low rate leaves them: nothing.
+  first_flow_ = (first_flow_ + 1) % flows_.size();
+  for (std::size_t i = 0; i < flows_.size(); ++i) {
+    Flow& flow = flows_[(first_flow_ + i) % flows_.size()];
     std::uint64_t most = std::min(kBurst, credit_ - std::min(credit_, flow.on_their_way()));
     if (options_.rate != 0) most = std::min(most, static_cast<std::uint64_t>(std::max(allowance_, 0.0)));
     const std::size_t sent = most == 0 ? 0 : flow.inward ? send_in(flow, most) : send_out(flow, most);

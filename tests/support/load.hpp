@@ -115,7 +115,8 @@ class Load {
   std::uint64_t stalls_ = 0;
   std::vector<std::string> stall_texts_;
   std::int64_t round_ns_ = 0, longest_pause_ns_ = 0;
-  double allowance_ = 0;  // frames that the rate allows now
+  std::size_t first_flow_ = 0;  // of the present round
+  double allowance_ = 0;        // frames that the rate allows now
   std::int64_t allowance_ns_ = 0;
 };
 
