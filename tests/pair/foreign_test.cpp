@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <sstream>
+#include <thread>
 
 #include "tests/pair/fixture.hpp"
 
@@ -49,8 +50,7 @@ class Testpmd {
                                    "--no-flush-rx",
                                    "--stats-period=1000",
                                    "--burst=32"};
-    // --no-flush-rx: testpmd throws away what comes between its device's start and its own, and we send as soon as the
-    // device runs.
+    // --no-flush-rx: else testpmd throws away what is in the ring when it begins to forward.
     std::vector<char*> arguments;
     for (std::string& word : words) arguments.push_back(word.data());
     arguments.push_back(nullptr);
@@ -70,15 +70,23 @@ class Testpmd {
     std::filesystem::remove(output_, ignored);
     std::filesystem::remove_all("/var/run/dpdk/" + prefix_, ignored);
   }
+  /// Whether it forwards, soon. The driver empties the receive ring when its port starts, some time after its device
+  /// runs: what is sent before is lost in there.
+  [[nodiscard]] bool forwards() const {
+    return eventually([this] { return output().find("packet forwarding packets/burst") != std::string::npos; });
+  }
   /// SIGTERM, and what it printed; its statistics come at the end.
   std::string finish() {
     end(SIGTERM);
+    return output();
+  }
+
+ private:
+  [[nodiscard]] std::string output() const {
     std::ostringstream text;
     text << std::ifstream(output_).rdbuf();
     return text.str();
   }
-
- private:
   void end(int signal) {
     if (pid_ <= 0) return;
     ::kill(pid_, signal);
@@ -139,12 +147,20 @@ void echo_through_kills(const std::string& device, bool packed) {
     Testpmd testpmd(host.nic_socket(kMac), "macswap", device);
     REQUIRE(eventually([&] { return host.nic(kMac)["running_queues"] == 2; }));
     REQUIRE(host.nic(kMac)["packed"] == packed);
+    REQUIRE(testpmd.forwards());
     Echo echo;
-    REQUIRE(echo.run(500));
+    const auto require_echo = [&] {
+      const bool done = echo.run(500);
+      INFO("testpmd: " << (done ? std::string{} : testpmd.finish()));
+      INFO("sent " << echo.sent << ", back " << echo.account.arrived() << "; " << host.nic(kMac).dump()
+                   << host.incidents().dump());
+      REQUIRE(done);
+    };
+    require_echo();
     for (int kill = 0; kill < 2; ++kill) {
       const pid_t victim = host.active();
       ::kill(victim, SIGKILL);
-      REQUIRE(echo.run(500));
+      require_echo();
       REQUIRE(host.wait_paired(victim));
     }
     REQUIRE(eventually([&] { return echo.take(), echo.account.arrived() == echo.sent; }));
@@ -182,6 +198,37 @@ TEST_CASE("virtio_user with packed rings sends back what it gets, through two ki
                      true);
 }
 
+TEST_CASE("virtio_user starts while the active is killed: the heir serves the rings as they were started") {
+  SKIP_UNLESS_PAIR();
+  if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
+  const std::string device = GENERATE("", ",packed_vq=1,in_order=0");
+  INFO("virtio_user's arguments: " << device);
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  // Somewhere between the first message and the first packet; where exactly is left to chance.
+  for (const int delay : {0, 5, 10, 20, 40, 80, 160, 320}) {
+    INFO("killed " << delay << " ms after virtio_user had connected");
+    Testpmd testpmd(host.nic_socket(kMac), "macswap", device);
+    REQUIRE(eventually([&] { return host.nic(kMac)["connected"] == true; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds{delay});
+    const pid_t victim = host.active();
+    ::kill(victim, SIGKILL);
+    REQUIRE(eventually([&] { return host.nic(kMac)["running_queues"] == 2; }));
+    REQUIRE(testpmd.forwards());
+    Echo echo;
+    const bool done = echo.run(200);
+    INFO("testpmd: " << (done ? std::string{} : testpmd.finish()));
+    INFO("sent " << echo.sent << ", back " << echo.account.arrived() << "; " << host.nic(kMac).dump()
+                 << host.incidents().dump());
+    REQUIRE(done);
+    REQUIRE(host.wait_paired(victim));
+    static_cast<void>(testpmd.finish());
+    REQUIRE(eventually([&] { return host.nic(kMac)["connected"] == false; }));
+  }
+  require_clean_end(host, {"one"});
+}
+
 TEST_CASE("virtio_user only receives, the active is killed in the middle: it counts every frame that was sent") {
   SKIP_UNLESS_PAIR();
   if (!in_path("dpdk-testpmd")) TANDEM_SKIP("needs the package dpdk-dev");
@@ -191,6 +238,7 @@ TEST_CASE("virtio_user only receives, the active is killed in the middle: it cou
   {
     Testpmd testpmd(host.nic_socket(kMac), "rxonly");
     REQUIRE(eventually([&] { return host.nic(kMac)["running_queues"] == 2; }));
+    REQUIRE(testpmd.forwards());
     Outside outside;
     std::uint64_t sent = 0;
     const auto send = [&](std::uint64_t frames) {
