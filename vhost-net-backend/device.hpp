@@ -43,6 +43,8 @@ class Device {
 struct UplinkPorts {
   std::uint32_t device = 0;
   std::uint32_t first_queue_pair = 0;
+  std::uint32_t group = 0;  ///< devices of one group, not 0, reach one another directly
+  std::uint64_t mac = 0;    ///< the device's, as mac_word()
   std::vector<std::unique_ptr<XskPort>> ports;
 };
 

@@ -255,12 +255,14 @@ bool record_is_poison(const Segment& segment, const RedoRecord& record) {
   return suspect.deaths >= kPoisonDeaths && suspect.position == record.epoch;
 }
 
-void abandon_record(QueuePair& pair) {
+void abandon_record(QueuePair& pair, QueuePair* destination) {
   RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
-  const bool transmit = record.kind == RedoKind::kTransmit;
-  (transmit ? pair.state->transmit : pair.state->receive)
+  const bool transmit = record.kind == RedoKind::kTransmit, receive = record.kind == RedoKind::kReceive;
+  (!receive ? pair.state->transmit : pair.state->receive)
       .fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
+  if (destination != nullptr)
+    destination->state->receive.fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
   if (transmit && port.tx.producer() == record.producer_before) {
     // Nothing was posted: the frames are free.
     for (std::uint32_t i = 0; i < record.frame_count; ++i)
@@ -268,7 +270,7 @@ void abandon_record(QueuePair& pair) {
         pair.state->transmit_busy[frame / 64] &= ~(std::uint64_t{1} << (frame % 64));
   }
   // Frames that the kernel has back may not be received once more.
-  if (!transmit && port.fill.producer() == record.producer_after && port.rx.consumer() == record.consumer_before)
+  if (receive && port.fill.producer() == record.producer_after && port.rx.consumer() == record.consumer_before)
     port.rx.consume(record.consumer_after);
   pair.state->record_suspect.store(0, std::memory_order_relaxed);
   record.arm.store(0, std::memory_order_release);

@@ -50,8 +50,8 @@ std::uint32_t weigh_death(Segment& segment, std::uint32_t shard, const FenceView
 /// True if applying the armed record, which is valid, has killed so often that it must not be tried again.
 bool record_is_poison(const Segment& segment, const RedoRecord& record);
 /// Gives that record up: what concerns only the uplink's rings is made whole, the queue is stopped with kRecordInvalid.
-/// Not more than one burst is lost, or published and not counted.
-void abandon_record(QueuePair& pair);
+/// Not more than one burst is lost, or published and not counted. `destination` as in replay().
+void abandon_record(QueuePair& pair, QueuePair* destination = nullptr);
 
 /// A packet that is about to be dropped, for the operator.
 struct PoisonPacket {

@@ -13,6 +13,7 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 
 #include "common/crc32c.hpp"
 #include "vhost-net-backend/descriptor_chain.hpp"
@@ -34,7 +35,11 @@ std::uint32_t record_crc(const RedoRecord& record) {
   const auto* from = reinterpret_cast<const std::byte*>(&record.version);
   std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
   crc = crc32c_extend(crc, record.frames, record.frame_count * sizeof(RedoFrame));
-  return crc32c_extend(crc, record.used, record.used_count * sizeof(RedoUsed));
+  crc = crc32c_extend(crc, record.used, record.used_count * sizeof(RedoUsed));
+  if (record.kind != RedoKind::kForward) [[likely]]
+    return crc;
+  const RedoDestination& to = record.destination;
+  return crc32c_extend(crc, &to, offsetof(RedoDestination, used) + to.used_count * sizeof(RedoUsed));
 }
 
 // What follows from everything before it, looked at in shared memory of our own (never in the guest's, who could break
@@ -47,7 +52,7 @@ void must_hold(bool condition) {
       std::abort();
 }
 
-// The part of the record that is the same for both directions.
+// The part of the record that is the same for all directions.
 void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
   RedoRecord& record = pair.shard->record;
   record.version = kRedoVersion;
@@ -81,7 +86,9 @@ void disarm(QueuePair& pair) {
   TANDEM_PROBE(kDisarmed);
 }
 
-void apply_cursors(const RedoRecord& record, VringCursors& vring) {
+// `record`: a RedoRecord, or the RedoDestination in it.
+template <class Record>
+void apply_cursors(const Record& record, VringCursors& vring) {
   vring.next_avail = record.avail_after;
   vring.next_used = record.used_after;
   vring.packets = record.packets_after;
@@ -103,14 +110,33 @@ void apply_drop(const RedoRecord& record, Suspicion& suspicion) {
   suspicion.suspect.store(0, std::memory_order_relaxed);
 }
 
-// In one store: the checksum reads it back in one load right afterwards, which would wait for several smaller stores.
-template <class Chain>
-void add_used(RedoRecord& record, const Chain& chain, std::uint32_t length) {
+// `record`: a RedoRecord, or the RedoDestination in it. In one store: the checksum reads it back in one load right
+// afterwards, which would wait for several smaller stores.
+template <class Record, class Chain>
+void add_used(Record& record, const Chain& chain, std::uint32_t length) {
   record.used[record.used_count++] = std::bit_cast<RedoUsed>(
       std::uint64_t{chain.id()} | std::uint64_t{chain.slots()} << 16 | std::uint64_t{length} << 32);
 }
 
-std::span<const RedoUsed> used_of(const RedoRecord& record) { return {record.used, record.used_count}; }
+template <class Record>
+std::span<const RedoUsed> used_of(const Record& record) {
+  return {record.used, record.used_count};
+}
+
+// The half that transmits and forwards share: the chains go back to the guest that sent.
+template <class Queue>
+void apply_departure(QueuePair& pair, const Queue& queue) {
+  const RedoRecord& record = pair.shard->record;
+  // A replay may find them given back: then the guest may have taken them and reused the same slots.
+  if (!queue.is_published(record.used_before)) {
+    const WindowOpen window;
+    queue.write_used(used_of(record), record.used_before);
+    TANDEM_PROBE(kSourceWritten);
+    queue.publish_used(used_of(record), record.used_before, record.used_after);
+  }
+  TANDEM_PROBE(kSourcePublished);
+  apply_cursors(record, pair.state->transmit);
+}
 
 template <class Queue>
 void apply_transmit(QueuePair& pair, const Queue& queue) {
@@ -133,15 +159,7 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
   look_again();
   must_hold(port.tx.producer() == record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
-  // A replay may find them given back: then the guest may have taken them and reused the same slots.
-  if (!queue.is_published(record.used_before)) {
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kSourceWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
-  TANDEM_PROBE(kSourcePublished);
-  apply_cursors(record, pair.state->transmit);
+  apply_departure(pair, queue);
   apply_drop(record, pair.state->transmit_suspicion);
 }
 
@@ -149,7 +167,7 @@ template <class Queue>
 void apply_receive(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
-  if (!queue.is_published(record.used_before)) {  // as in apply_transmit()
+  if (!queue.is_published(record.used_before)) {  // as in apply_departure()
     const WindowOpen window;
     queue.write_used(used_of(record), record.used_before);
     TANDEM_PROBE(kDestinationWritten);
@@ -169,6 +187,20 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->receive);
   apply_drop(record, pair.state->receive_suspicion);
+}
+
+// The other half of a forward; apply_departure() follows it.
+template <class Queue>
+void apply_delivery(const RedoDestination& record, QueuePair& to, const Queue& queue) {
+  if (record.used_count != 0 && !queue.is_published(record.used_before)) {
+    const WindowOpen window;
+    queue.write_used(used_of(record), record.used_before);
+    TANDEM_PROBE(kDestinationWritten);
+    queue.publish_used(used_of(record), record.used_before, record.used_after);
+  }
+  TANDEM_PROBE(kDestinationPublished);
+  to.state->receive.overflow = record.overflow_after;
+  apply_cursors(record, to.state->receive);
 }
 
 void call(const BoundQueue& bound) {
@@ -432,11 +464,11 @@ void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at
 enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEndless };
 
 // Places one packet into receive buffers from `at` on, and adds used elements to the record. Moves `at` past what was
-// used up, whatever the result; after kNoBuffers it stands where there were none.
-template <class Queue>
-Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply, const std::byte* packet,
-             std::uint32_t length, Progress& at) {
-  RedoRecord& record = pair.shard->record;
+// used up, whatever the result; after kNoBuffers it stands where there were none. `record`: a RedoRecord, or the
+// RedoDestination in it.
+template <class Queue, class Record>
+Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
+             const std::byte* packet, std::uint32_t length, Progress& at) {
   const std::uint16_t first_used = record.used_count;
   const Progress begin = at;
   // The packet is given up, and what it had taken goes back empty: partly written, and the ring's order must be kept.
@@ -491,7 +523,16 @@ Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& 
 
 // The bursts, for either layout.
 
-template <class Queue>
+// The neighbour that a packet goes to. `packet` is our own copy: what is looked at here is what is delivered.
+QueuePair* find_neighbour(const QueuePair& pair, const std::byte* packet) {
+  const std::uint64_t mac = mac_word(packet);
+  for (const Neighbour& neighbour : pair.neighbours)
+    if (neighbour.mac == mac) return neighbour.pair;
+  return nullptr;
+}
+
+// `kNeighbours`: the pair has some; the burst ends before the first packet that is for one of them.
+template <bool kNeighbours, class Queue>
 std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   VringCursors& vring = pair.state->transmit;
   XskPort& port = *pair.port;
@@ -527,6 +568,12 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     if ((fault != ChainFault::kNone && !drop) || endless) [[unlikely]]
       confirm_bad_transmit(pair, queue, at, frame);
     if (endless) break;
+    if constexpr (kNeighbours) {
+      // The first one goes: a moment ago forward_from() found it to be for nobody here.
+      if (record.used_count != 0 && fault == ChainFault::kNone &&
+          find_neighbour(pair, port.frame(address, length)) != nullptr)
+        break;
+    }
     add_used(record, chain, 0);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
     if (fault != ChainFault::kNone) {
@@ -596,7 +643,7 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
       }
       TANDEM_PROBE_PACKET(packet, descriptor.len);
       Progress after = at;
-      const Placed placed = place(pair, queue, supply, packet, descriptor.len, after);
+      const Placed placed = place(pair, record, queue, supply, packet, descriptor.len, after);
       endless = placed == Placed::kEndless;
       if (endless || placed == Placed::kNoRecordRoom) break;
       if (placed == Placed::kNoBuffers) {
@@ -641,10 +688,163 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   return taken;
 }
 
-// Whether a record fits what is found in segment and rings: each cursor as it was before the burst or as it is to be
-// after it, each ring with room for what the record says.
+// One forward, from the transmit virtqueue of `pair` to the receive virtqueue of whoever its first packet is for.
 template <class Queue>
-bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCursors& vring, const Queue& queue) {
+class Forward {
+ public:
+  Forward(QueuePair& pair, const Queue& queue) : pair_(pair), queue_(queue), at_{pair.state->transmit.next_avail} {}
+
+  /// Number of ring entries that left; nothing if the next one is not for a neighbour, or is to be refused: it is left
+  /// to transmit_from().
+  std::optional<std::uint32_t> run() {
+    VringCursors& vring = pair_.state->transmit;
+    const auto supply = queue_.supply(vring.next_avail, vring.next_used);
+    if (!usable(*pair_.memory, queue_, supply, vring) || !supply.has(at_.position, 0)) return 0;
+    QueuePair* to = read_next();
+    if (to == nullptr) {
+      let_go(pair_);
+      return std::nullopt;
+    }
+    return to->receive.queue.visit([&](const auto& queue) { return move(*to, queue, supply); });
+  }
+
+ private:
+  // Copies the next chain's packet to the staging buffer. Returns whom it is for; nobody if it is to be refused.
+  QueuePair* read_next() {
+    const std::uint32_t position = transmit_position(pair_, at_.position);
+    take_in_hand(pair_, PacketPhase::kTransmit, position);
+    if (pair_.transmit_suspect.is_condemned(position)) [[unlikely]]
+      return nullptr;
+    chain_.emplace(*pair_.memory, queue_, at_.position, /*writable=*/false, at_.slots);
+    ChainFault fault = ChainFault::kNone;
+    length_ = gather(pair_, *chain_, pair_.staging, fault);
+    TANDEM_PROBE_PACKET(pair_.staging, length_);
+    if (!chain_->finish() || fault != ChainFault::kNone) return nullptr;
+    return find_neighbour(pair_, pair_.staging);
+  }
+
+  template <class ToQueue>
+  std::uint32_t move(QueuePair& to, const ToQueue& to_queue, const typename Queue::Supply& supply) {
+    VringCursors& vring = pair_.state->transmit;
+    VringCursors& to_vring = to.state->receive;
+    RedoRecord& record = pair_.shard->record;
+    begin_record(pair_, RedoKind::kForward, vring);
+    record.producer_before = record.producer_after = 0;
+    begin_destination(record.destination, to);
+    const bool delivered = stage(to, to_queue, supply);
+    // A neighbour whose memory has gone, or whose ring is none, is stopped; the next burst meets it so.
+    if (!may_go_on(pair_, vring, false, record.used_count != 0) ||
+        (delivered && !may_go_on(to, to_vring, false, true))) {
+      let_go(pair_);
+      return 0;
+    }
+    record.avail_after = at_.position;
+    record.used_after = queue_.next(record.used_before, at_.slots);
+    RedoDestination& destination = record.destination;
+    destination.avail_after = to_at_.position;
+    destination.used_after = to_queue.next(destination.used_before, to_at_.slots);
+    check_staged(record, vring, record.used_count);
+    check_delivered(record, to_vring);
+    take_in_hand(pair_, PacketPhase::kApply, record.epoch);
+    apply(to, to_queue);
+    call_if_wanted(to.receive, to_queue, destination.used_before, destination.used_after);
+    call_if_wanted(pair_.transmit, queue_, record.used_before, record.used_after);
+    TANDEM_PROBE(kNotified);
+    return record.used_count;
+  }
+
+  template <class ToQueue>
+  void apply(QueuePair& to, const ToQueue& to_queue) {
+    const RedoRecord& record = pair_.shard->record;
+    arm(pair_);
+    apply_delivery(record.destination, to, to_queue);
+    apply_departure(pair_, queue_);
+    disarm(pair_);
+    let_go(pair_);
+    count_transaction(*pair_.shard);
+    // Packets from the uplink may wait for buffers that this burst took: receive_into() has to look where they are now.
+    to.receive_starved = false;
+    to.state->receive.starved = 0;
+  }
+
+  static void begin_destination(RedoDestination& record, const QueuePair& to) {
+    const VringCursors& vring = to.state->receive;
+    record.generation = to.generation;
+    record.queue_pair = to.index;
+    record.used_count = record.reserved = 0;
+    record.avail_before = vring.next_avail;
+    record.used_before = vring.next_used;
+    record.packets_after = vring.packets;
+    record.bytes_after = vring.bytes;
+    record.dropped_after = vring.dropped;
+    record.overflow_after = vring.overflow;
+  }
+
+  static void check_delivered(const RedoRecord& record, const VringCursors& vring) {
+    const RedoDestination& to = record.destination;
+    must_hold(to.avail_before == vring.next_avail && to.used_before == vring.next_used);
+    must_hold((to.packets_after - vring.packets) + (to.dropped_after - vring.dropped) +
+                  (to.overflow_after - vring.overflow) ==
+              record.used_count);
+  }
+
+  // From the packet that was read on, as many as are for `to`. Returns whether any of its buffers were written.
+  template <class ToQueue>
+  bool stage(QueuePair& to, const ToQueue& to_queue, const typename Queue::Supply& supply) {
+    RedoRecord& record = pair_.shard->record;
+    VringCursors& vring = to.state->receive;
+    to_at_ = {vring.next_avail};
+    const auto buffers = to_queue.supply(vring.next_avail, vring.next_used);
+    // A neighbour that is stopped, now or since long, takes nothing: to the sender it is like a full ring.
+    const bool takes = to.can_receive() && usable(*to.memory, to_queue, buffers, vring);
+    do {
+      const Placed placed = takes ? deliver(to, to_queue, buffers) : Placed::kNoBuffers;
+      if (placed == Placed::kNoRecordRoom) break;
+      if (placed == Placed::kEndless) {
+        // What precedes such a chain is moved first.
+        if (record.used_count == 0) vring.fault.store(QueueFault::kEndlessChain, std::memory_order_release);
+        break;
+      }
+      count(record, placed);
+      add_used(record, *chain_, 0);
+      at_ = {queue_.next(at_.position, chain_->slots()), at_.slots + chain_->slots()};
+    } while (record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to);
+    return takes;
+  }
+
+  template <class ToQueue>
+  Placed deliver(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers) {
+    const WindowOpen window;
+    Progress after = to_at_;
+    const Placed placed = place(to, pair_.shard->record.destination, to_queue, buffers, pair_.staging, length_, after);
+    if (placed != Placed::kNoBuffers) to_at_ = after;
+    return placed;
+  }
+
+  void count(RedoRecord& record, Placed placed) const {
+    RedoDestination& to = record.destination;
+    ++record.packets_after;
+    record.bytes_after += length_;
+    if (placed == Placed::kDone) [[likely]] {
+      ++to.packets_after;
+      to.bytes_after += length_;
+    } else {
+      ++(placed == Placed::kNoBuffers ? to.overflow_after : to.dropped_after);
+    }
+  }
+
+  QueuePair& pair_;
+  const Queue& queue_;
+  Progress at_;       ///< in the transmit virtqueue
+  Progress to_at_{};  ///< in the receive virtqueue
+  std::optional<typename Queue::Chain> chain_;
+  std::uint32_t length_ = 0;  ///< of the packet in the staging buffer
+};
+
+// Whether one virtqueue's part of a record fits what is found: its cursors as they were before the burst or as they are
+// to be after it. `record`: a RedoRecord, or the RedoDestination in it.
+template <class Record, class Queue>
+bool cursors_fit(const Record& record, const VringCursors& vring, const Queue& queue) {
   const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
     return found == before || found == after;
   };
@@ -655,10 +855,16 @@ bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCur
   }
   if (!queue.is_extent(record.used_count, slots) || !queue.is_position(record.avail_before) ||
       !queue.is_position(record.used_before) || queue.next(record.avail_before, slots) != record.avail_after ||
-      queue.next(record.used_before, slots) != record.used_after ||
-      !either(vring.next_avail, record.avail_before, record.avail_after) ||
-      !either(vring.next_used, record.used_before, record.used_after))
+      queue.next(record.used_before, slots) != record.used_after)
     return false;
+  return either(vring.next_avail, record.avail_before, record.avail_after) &&
+         either(vring.next_used, record.used_before, record.used_after);
+}
+
+// The same for a record of packets from or to an uplink, and for each ring room for what the record says.
+template <class Queue>
+bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCursors& vring, const Queue& queue) {
+  if (!cursors_fit(record, vring, queue)) return false;
   const bool transmit = record.kind == RedoKind::kTransmit;
   // The kernel's own indices: what stands in ours is about to be set, and an owner whose code was damaged may have set
   // it to anything. If the kernel has gone by it, it took entries that nobody wrote.
@@ -715,7 +921,12 @@ void settle(QueuePair& pair, std::uint64_t now_ns) {
 }
 
 std::uint32_t transmit_burst(QueuePair& pair) {
-  return pair.transmit.queue.visit([&](const auto& queue) { return transmit_from(pair, queue); });
+  return pair.transmit.queue.visit([&](const auto& queue) {
+    if (pair.neighbours.empty()) [[likely]]
+      return transmit_from<false>(pair, queue);
+    const std::optional<std::uint32_t> forwarded = Forward(pair, queue).run();
+    return forwarded ? *forwarded : transmit_from<true>(pair, queue);
+  });
 }
 
 std::uint32_t receive_burst(QueuePair& pair) {
@@ -732,14 +943,47 @@ void notify_all(QueuePair& pair) {
 bool record_is_valid(const RedoRecord& record) {
   const std::uint64_t word = record.arm.load(std::memory_order_acquire);
   return word != 0 && record.version == kRedoVersion &&
-         (record.kind == RedoKind::kTransmit || record.kind == RedoKind::kReceive) &&
+         (record.kind == RedoKind::kTransmit || record.kind == RedoKind::kReceive ||
+          (record.kind == RedoKind::kForward && record.frame_count == 0 &&
+           record.destination.used_count <= kBurstUsed && record.destination.queue_pair < kMaxQueuePairs &&
+           record.destination.queue_pair != record.queue_pair)) &&
          record.frame_count <= kBurstPackets && record.used_count <= kBurstUsed && record.queue_pair < kMaxQueuePairs &&
          record.epoch == static_cast<std::uint32_t>(word >> 32) &&
          record_crc(record) == static_cast<std::uint32_t>(word);
 }
 
-ReplayResult replay(QueuePair& pair) {
+namespace {
+
+// Both halves of a forward, each if it fits; where one does not, that queue is stopped and the other suffers nothing.
+bool replay_forward(QueuePair& from, QueuePair* to) {
+  const RedoRecord& record = from.shard->record;
+  const auto half = [](const auto& part, const BoundQueue& bound, VringCursors& vring, const auto& apply) {
+    const bool fits = bound.queue.bound() && bound.queue.visit([&](const auto& queue) {
+      if (!cursors_fit(part, vring, queue)) return false;
+      apply(queue);
+      return true;
+    });
+    if (!fits) vring.fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
+    return fits;
+  };
+  take_in_hand(from, PacketPhase::kApply, record.epoch);
+  const bool delivered =
+      to == nullptr || half(record.destination, to->receive, to->state->receive,
+                            [&](const auto& queue) { apply_delivery(record.destination, *to, queue); });
+  return half(record, from.transmit, from.state->transmit, [&](const auto& queue) { apply_departure(from, queue); }) &&
+         delivered;
+}
+
+}  // namespace
+
+ReplayResult replay(QueuePair& pair, QueuePair* destination) {
   const RedoRecord& record = pair.shard->record;
+  if (record.kind == RedoKind::kForward) {
+    const bool whole = replay_forward(pair, destination);
+    disarm(pair);
+    let_go(pair);
+    return whole ? ReplayResult::kReplayed : ReplayResult::kInvalid;
+  }
   const bool transmit = record.kind == RedoKind::kTransmit;
   VringCursors& vring = transmit ? pair.state->transmit : pair.state->receive;
   const BoundQueue& bound = transmit ? pair.transmit : pair.receive;

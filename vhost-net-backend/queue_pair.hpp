@@ -6,8 +6,11 @@
 // Thread: the shard's owner only.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <vector>
 
 #include "common/layout/segment.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
@@ -36,6 +39,20 @@ struct Suspected {
   [[nodiscard]] bool is_condemned(std::uint32_t position) const { return position == condemned; }
 };
 
+struct QueuePair;
+
+/// Another NIC on the same bridge, to whose receive virtqueue this queue pair's packets go directly.
+struct Neighbour {
+  std::uint64_t mac = 0;  ///< as mac_word()
+  QueuePair* pair = nullptr;
+};
+/// The first six bytes of a frame, or a MAC address, as a number.
+inline std::uint64_t mac_word(const std::byte* bytes) {
+  std::uint64_t word = 0;
+  std::memcpy(&word, bytes, 6);
+  return word;
+}
+
 struct QueuePair {
   std::uint32_t index = 0;  ///< in Segment::queue_pairs
   QueuePairState* state = nullptr;
@@ -55,7 +72,11 @@ struct QueuePair {
   bool receive_starved = false;  ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
   std::uint16_t starved_avail = 0;  ///< the position from which on there were none
   std::uint64_t cursor = 0;         ///< PacketCursor::word() of this thread and queue pair, without phase and position
-  bool has_suspects = false;        ///< a packet waits, or may wait, that owners died on
+  /// Of one shard, all served by its thread; the pointers are good until the queue pairs are built anew. Empty:
+  /// everything goes to the uplink.
+  std::vector<Neighbour> neighbours;
+  std::byte* staging = nullptr;  ///< private; room for one packet of this queue pair, if it has neighbours
+  bool has_suspects = false;     ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;
 
   [[nodiscard]] bool can_transmit() const {
@@ -67,8 +88,8 @@ struct QueuePair {
   }
 };
 
-/// Guest -> uplink, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring entries moved, 0
-/// when there was nothing to do or no room. The record is disarmed on return.
+/// Guest -> uplink or another guest, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring
+/// entries moved, 0 when there was nothing to do or no room. The record is disarmed on return.
 std::uint32_t transmit_burst(QueuePair& pair);
 std::uint32_t receive_burst(QueuePair& pair);
 
@@ -89,13 +110,14 @@ void notify_all(QueuePair& pair);
 enum class ReplayResult {
   kEmpty,     ///< not armed: nothing had been promised
   kReplayed,  ///< applied and disarmed
-  kInvalid,   ///< damaged (CRC, version, cursors): disarmed, the queue stopped with QueueFault::kRecordInvalid
+  kInvalid,   ///< cursors or frames do not match: disarmed, that queue stopped with QueueFault::kRecordInvalid
 };
 
 /// True if `record` is armed and its version, counts and CRC are right.
 bool record_is_valid(const RedoRecord& record);
-/// Replays `pair.shard->record`, which must be valid and name this queue pair and its generation.
-ReplayResult replay(QueuePair& pair);
+/// Replays `pair.shard->record`, which must be valid and name this queue pair and its generation. `destination`: the
+/// one that a forward names, and its generation; nullptr if it is gone, then the burst only leaves its source.
+ReplayResult replay(QueuePair& pair, QueuePair* destination = nullptr);
 
 /// Whether there is work: entries or packets waiting that could be moved.
 bool has_work(const QueuePair& pair);

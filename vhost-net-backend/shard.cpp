@@ -220,7 +220,32 @@ void Shard::rebuild_pairs() {
       pairs_.push_back(pair);
     }
   }
+  find_neighbours();
   epoll_stale_ = true;
+}
+
+// Who reaches whom without the bridge. A queue of one device sends to one queue of another, so that each flow keeps its
+// order; that changes only when a device comes or goes, or changes its queues.
+void Shard::find_neighbours() {
+  const bool any = std::any_of(devices_.begin(), devices_.end(),
+                               [](const Served& served) { return served.uplink && served.uplink->group != 0; });
+  if (!any) return;
+  std::vector<QueuePair*> receivers[kMaxDevices];
+  for (QueuePair& pair : pairs_)
+    if (pair.receive.queue.bound()) receivers[device_of(pair.index)].push_back(&pair);
+  std::size_t longest = 0;
+  for (QueuePair& pair : pairs_) {
+    const std::uint32_t device = device_of(pair.index);
+    const UplinkPorts& uplink = *devices_[device].uplink;
+    longest = std::max<std::size_t>(longest, pair.port->description().max_packet);
+    for (std::uint32_t other = 0; uplink.group != 0 && other < kMaxDevices; ++other) {
+      if (other == device || receivers[other].empty() || devices_[other].uplink->group != uplink.group) continue;
+      const std::size_t n = (pair.index - uplink.first_queue_pair) % receivers[other].size();
+      pair.neighbours.push_back({devices_[other].uplink->mac, receivers[other][n]});
+    }
+  }
+  staging_.resize(longest);
+  for (QueuePair& pair : pairs_) pair.staging = staging_.data();
 }
 
 // Before the first sleep with these pairs, so that no takeover waits for it.

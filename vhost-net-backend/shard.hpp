@@ -152,6 +152,7 @@ class Shard {
   void put_in_force(std::uint32_t device);
   void note_in_force(const Served& served, std::uint64_t generation);
   void rebuild_pairs();
+  void find_neighbours();
   void prune(Served& served, std::uint64_t below);
 
   // shard.cpp: the two loops
@@ -180,6 +181,7 @@ class Shard {
   void adopt_generations();
   std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);
   void replay_record(TakeoverTimeline& timeline);
+  void stop_half_published();
 
   // handover.cpp
   void ring_bell() const;
@@ -209,6 +211,7 @@ class Shard {
   std::uint32_t epoch_ = 0;
   std::vector<Served> devices_{kMaxDevices};
   std::vector<QueuePair> pairs_;
+  std::vector<std::byte> staging_;  // what passes from one guest to another; of one packet at a time
   std::vector<bool> receive_event_armed_;
   bool kick_fd_missing_ = false;
   bool epoll_stale_ = true;  // pairs_ have changed since it was built

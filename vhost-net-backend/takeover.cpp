@@ -174,41 +174,54 @@ void Shard::note_in_force(const Served& served, std::uint64_t generation) {
   });
 }
 
+// Where the guest was shown more than our cursor says, a burst was published of which no record is left: going on would
+// take it back.
+void Shard::stop_half_published() {
+  for (QueuePair& pair : pairs_) {
+    for (const auto& [bound, cursors] :
+         {std::pair{&pair.receive, &pair.state->receive}, std::pair{&pair.transmit, &pair.state->transmit}})
+      if (bound->queue.bound() && bound->queue.is_half_published(cursors->next_used))
+        cursors->fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
+  }
+}
+
 void Shard::replay_record(TakeoverTimeline& timeline) {
   RedoRecord& record = state().record;
   if (record.arm.load(std::memory_order_acquire) == 0) return;
   timeline.record_armed = 1;
-  const auto pair = std::find_if(pairs_.begin(), pairs_.end(), [&](const QueuePair& candidate) {
-    return candidate.index == record.queue_pair && candidate.generation == record.generation;
-  });
-  if (!record_is_valid(record) || pair == pairs_.end()) {
+  const auto find = [this](std::uint32_t index, std::uint64_t generation) {
+    const auto found = std::find_if(pairs_.begin(), pairs_.end(), [&](const QueuePair& candidate) {
+      return candidate.index == index && candidate.generation == generation;
+    });
+    return found == pairs_.end() ? nullptr : &*found;
+  };
+  QueuePair* const pair = find(record.queue_pair, record.generation);
+  if (!record_is_valid(record) || pair == nullptr) {
     // The dead owner damaged it, or nobody can map its memory any more. The cursors still stand before the burst or
     // after it: that burst may be lost or repeated, everything else stays exact.
     say(ProblemEvent{0,
                      "replay the dead owner's record: it is damaged or its device is gone; the burst in hand may be "
                      "lost or repeated"});
-    // Where the guest was shown more than our cursor says, the burst was published: going on would take it back.
-    for (QueuePair& candidate : pairs_) {
-      for (const auto& [bound, cursors] : {std::pair{&candidate.receive, &candidate.state->receive},
-                                           std::pair{&candidate.transmit, &candidate.state->transmit}})
-        if (bound->queue.bound() && bound->queue.is_half_published(cursors->next_used))
-          cursors->fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
-    }
+    stop_half_published();
     record.arm.store(0, std::memory_order_release);
     return;
   }
   timeline.replayed_kind = static_cast<std::uint32_t>(record.kind);
-  timeline.replayed_packets = record.frame_count;
+  const bool forward = record.kind == RedoKind::kForward;
+  // Of a forward whose destination is gone, the sender must not suffer: its half is done without the other.
+  QueuePair* const destination = forward ? find(record.destination.queue_pair, record.destination.generation) : nullptr;
+  timeline.replayed_packets = forward ? record.used_count : record.frame_count;
   timeline.replayed_queue_pair = record.queue_pair;
   if (record_is_poison(*config_.segment, record)) {
-    abandon_record(*pair);
+    abandon_record(*pair, destination);
     say(ProblemEvent{0,
                      "replay the dead owner's record: two owners in a row died while they applied it; it is given up, "
                      "that burst may be lost or repeated, and queue pair " +
                          std::to_string(record.queue_pair) + " is stopped in that direction"});
     return;
   }
-  timeline.record_valid = replay(*pair) == ReplayResult::kReplayed ? 1 : 0;
+  timeline.record_valid = replay(*pair, destination) == ReplayResult::kReplayed ? 1 : 0;
+  if (forward && destination == nullptr) stop_half_published();
   if (timeline.record_valid == 0)
     say(ProblemEvent{0, "replay the dead owner's record: cursors or frames of queue pair " +
                             std::to_string(record.queue_pair) + " do not match it; that queue is stopped"});

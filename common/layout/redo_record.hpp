@@ -14,7 +14,7 @@
 
 namespace tandem {
 
-inline constexpr std::uint32_t kRedoVersion = 2;
+inline constexpr std::uint32_t kRedoVersion = 3;
 /// Packets in one burst at the most.
 inline constexpr std::uint32_t kBurstPackets = 32;
 /// Used elements in one burst at the most: a mergeable packet takes several receive buffers.
@@ -23,6 +23,7 @@ inline constexpr std::uint32_t kBurstUsed = 128;
 enum class RedoKind : std::uint16_t {
   kTransmit = 1,  ///< guest's transmit virtqueue -> uplink
   kReceive = 2,   ///< uplink -> guest's receive virtqueue
+  kForward = 3,   ///< guest's transmit virtqueue -> receive virtqueue of another NIC of the pair
 };
 
 /// A frame of the uplink's UMEM. Transmit: what to send. Receive: what goes back to the fill ring (length unused).
@@ -39,8 +40,21 @@ struct alignas(8) RedoUsed {
   std::uint32_t length;
 };
 
+/// Forward: the receive virtqueue that the burst goes to. The record's own fields are those of the transmit virtqueue.
+struct RedoDestination {
+  std::uint64_t generation;  ///< of its device's description
+  std::uint32_t queue_pair;  ///< index in the segment
+  std::uint16_t used_count;  ///< 0: nothing found room
+  std::uint16_t reserved;
+  std::uint16_t avail_before, avail_after;
+  std::uint16_t used_before, used_after;
+  std::uint64_t packets_after, bytes_after, dropped_after, overflow_after;
+  RedoUsed used[kBurstUsed];
+};
+
 struct alignas(64) RedoRecord {
-  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element and frame.
+  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element and frame, and of
+  /// a forward's destination to its last used element.
   std::atomic<std::uint64_t> arm;
 
   std::uint32_t version;
@@ -58,6 +72,7 @@ struct alignas(64) RedoRecord {
   std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied
   RedoFrame frames[kBurstPackets];
   RedoUsed used[kBurstUsed];
+  RedoDestination destination;  ///< forward only
 };
 
 static_assert(sizeof(RedoFrame) == 16 && sizeof(RedoUsed) == 8);
@@ -65,6 +80,8 @@ static_assert(offsetof(RedoRecord, version) == 8);
 static_assert(offsetof(RedoRecord, generation) == 40);
 static_assert(offsetof(RedoRecord, frames) == 88);
 static_assert(offsetof(RedoRecord, used) == 88 + 32 * 16);
+static_assert(offsetof(RedoRecord, destination) == 88 + 32 * 16 + 128 * 8);
+static_assert(offsetof(RedoDestination, used) == 56);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
 }  // namespace tandem

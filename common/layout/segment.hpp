@@ -49,7 +49,7 @@ struct alignas(64) VringCursors {
   std::atomic<QueueFault> fault;
   /// Receive: kStarvedMark | the position from which on the guest had no buffers when packets waited; 0 otherwise.
   std::uint32_t starved;
-  std::uint64_t overflow;  ///< reserved for uplinks that count it in user space
+  std::uint64_t overflow;  ///< receive: packets from other NICs of the pair for which the guest had no buffers
   /// position_word() twice more, the second time inverted. Of three, two outvote one that a wild store hit.
   std::uint64_t copies[2];
 };

@@ -61,6 +61,12 @@ nlohmann::json fallbacks(const TakeoverTimeline& timeline) {
   return list;
 }
 
+const char* direction_name(std::uint32_t kind) {
+  return kind == static_cast<std::uint32_t>(RedoKind::kTransmit)  ? "transmit"
+         : kind == static_cast<std::uint32_t>(RedoKind::kForward) ? "forward"
+                                                                  : "receive";
+}
+
 const char* phase_name(PacketPhase phase) {
   return phase == PacketPhase::kTransmit ? "transmit" : phase == PacketPhase::kReceive ? "receive" : "replay";
 }
@@ -114,8 +120,7 @@ nlohmann::json Incident::to_json() const {
   nlohmann::json replayed{{"armed", timeline.record_armed != 0}};
   if (timeline.record_armed != 0) {
     replayed["valid"] = timeline.record_valid != 0;
-    replayed["direction"] =
-        timeline.replayed_kind == static_cast<std::uint32_t>(RedoKind::kTransmit) ? "transmit" : "receive";
+    replayed["direction"] = direction_name(timeline.replayed_kind);
     replayed["packets"] = timeline.replayed_packets;
     replayed["queue_pair"] = timeline.replayed_queue_pair;
   }

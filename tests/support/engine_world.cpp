@@ -125,12 +125,13 @@ std::uint64_t EngineWorld::spare_address(int region) const {
   return kGuestBase + guest_bytes_ + (region == 0 ? 0 : page_up(shape_.spare_bytes) + 0x10000);
 }
 
-DeviceDescription EngineWorld::describe(std::uint64_t generation) const {
+DeviceDescription EngineWorld::describe(std::uint64_t generation, std::uint32_t nth) const {
+  const std::uint32_t queue_pairs = shape_.queue_pairs / shape_.devices;
   DeviceDescription description;
-  description.device = shape_.device;
+  description.device = shape_.device + nth;
   description.generation = generation;
   description.features = shape_.nic.features;
-  description.queue_pairs = shape_.queue_pairs;
+  description.queue_pairs = queue_pairs;
   description.regions[0] = {kGuestBase, guest_bytes_, kUserBase, 0};
   description.region_count = 1;
   const std::uint64_t spare = page_up(shape_.spare_bytes);
@@ -138,8 +139,9 @@ DeviceDescription EngineWorld::describe(std::uint64_t generation) const {
     description.regions[description.region_count++] = {spare_address(i), spare,
                                                        kUserBase + 0x100000000u * static_cast<std::uint64_t>(i + 1),
                                                        guest_bytes_ + static_cast<std::uint64_t>(i) * spare};
-  for (std::uint32_t i = 0; i < 2 * shape_.queue_pairs; ++i) {
-    const GuestQueue& queue = i % 2 == 0 ? nics[i / 2].receive : nics[i / 2].transmit;
+  for (std::uint32_t i = 0; i < 2 * queue_pairs; ++i) {
+    const GuestNic& nic = nics[nth * queue_pairs + i / 2];
+    const GuestQueue& queue = i % 2 == 0 ? nic.receive : nic.transmit;
     VringDescription& vring = description.vrings[i];
     vring.flags = VringDescription::kHasCall | VringDescription::kRunning;
     vring.size = queue.size();
@@ -154,21 +156,25 @@ DeviceDescription EngineWorld::describe(std::uint64_t generation) const {
 
 std::shared_ptr<const Device> EngineWorld::make_device(const DeviceDescription& description,
                                                        const Device* previous) const {
+  const std::uint32_t first = 2 * (description.device - shape_.device) * (shape_.queue_pairs / shape_.devices);
   std::vector<UniqueFd> fds;
   for (std::uint32_t i = 0; i < description.region_count; ++i) fds.emplace_back(::dup(memory_.get()));
   for (std::uint32_t i = 0; i < 2 * description.queue_pairs; ++i)
-    if ((description.vrings[i].flags & VringDescription::kHasCall) != 0) fds.emplace_back(::dup(call_fds_[i].get()));
+    if ((description.vrings[i].flags & VringDescription::kHasCall) != 0) fds.emplace_back(::dup(call_fds_[first + i].get()));
   std::vector<std::string> problems;
   auto device = must(Device::make(description, std::move(fds), previous, problems));
   for (const std::string& problem : problems) std::fprintf(stderr, "%s\n", problem.c_str());
   return device;
 }
 
-std::shared_ptr<const UplinkPorts> EngineWorld::make_ports() const {
+std::shared_ptr<const UplinkPorts> EngineWorld::make_ports(std::uint32_t nth) const {
+  const std::uint32_t queue_pairs = shape_.queue_pairs / shape_.devices;
   auto ports = std::make_shared<UplinkPorts>();
-  ports->device = shape_.device;
-  ports->first_queue_pair = shape_.first_queue_pair;
-  for (std::uint32_t n = 0; n < shape_.queue_pairs; ++n)
+  ports->device = shape_.device + nth;
+  ports->first_queue_pair = shape_.first_queue_pair + nth * queue_pairs;
+  ports->group = shape_.devices > 1 ? 1 : 0;
+  ports->mac = mac(nth);
+  for (std::uint32_t n = nth * queue_pairs; n < (nth + 1) * queue_pairs; ++n)
     ports->ports.push_back(XskPort::over_memory(xsk_, rings(n), frames(n)));
   return ports;
 }

@@ -55,6 +55,7 @@ struct WorldShape {
   NicShape nic;
   XskShape xsk;
   std::uint32_t queue_pairs = 1;
+  std::uint32_t devices = 1;  ///< the queue pairs are theirs, the same number each; all in one group
   std::uint32_t shards = 1;
   std::uint32_t device = 0;
   std::uint32_t first_queue_pair = 0;
@@ -73,10 +74,13 @@ class EngineWorld {
 
   /// A description of the device with generation `generation`; change it before make_device() to describe something
   /// else.
-  [[nodiscard]] DeviceDescription describe(std::uint64_t generation) const;
+  [[nodiscard]] DeviceDescription describe(std::uint64_t generation, std::uint32_t nth = 0) const;
   [[nodiscard]] std::shared_ptr<const Device> make_device(const DeviceDescription& description,
                                                           const Device* previous = nullptr) const;
-  [[nodiscard]] std::shared_ptr<const UplinkPorts> make_ports() const;
+  [[nodiscard]] std::shared_ptr<const UplinkPorts> make_ports(std::uint32_t nth = 0) const;
+
+  /// Device `nth` of several has this address.
+  [[nodiscard]] static std::uint64_t mac(std::uint32_t nth) { return nth == 0 ? kSenderMac : kReceiverMac; }
 
   [[nodiscard]] Segment& segment() const;
   [[nodiscard]] QueuePairState& state(std::uint32_t pair = 0) const;

@@ -12,6 +12,9 @@ namespace tandem::test {
 /// Shortest packet: an Ethernet header and the number.
 inline constexpr std::uint32_t kShortestPacket = 18;
 
+/// The addresses in every packet, as mac_word().
+inline constexpr std::uint64_t kReceiverMac = 0x010000000002, kSenderMac = 0x020000000002;
+
 /// Lengths of a flow: packet n has a length in [shortest, longest] that follows from n; all different for 2 * 97
 /// packets.
 struct PacketFlow {
