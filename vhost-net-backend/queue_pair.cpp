@@ -97,9 +97,6 @@ void apply_cursors(const Record& record, VringCursors& vring) {
   const std::uint64_t word = std::uint64_t{record.avail_after} | std::uint64_t{record.used_after} << 16 |
                              std::uint64_t{vring.start_count} << 32;
   copy_positions(vring, word);
-  look_again();
-  must_hold(vring.next_avail == record.avail_after && vring.next_used == record.used_after &&
-            vring.copies[0] == position_word(vring));
   TANDEM_PROBE(kCursorsAdvanced);
 }
 
@@ -156,8 +153,6 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
     must_hold(entry.addr == record.frames[i].address && entry.len == record.frames[i].length);
   }
   port.tx.publish(record.producer_after);
-  look_again();
-  must_hold(port.tx.producer() == record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
   apply_departure(pair, queue);
   apply_drop(record, pair.state->transmit_suspicion);
@@ -182,8 +177,6 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
     must_hold(port.fill.at(record.producer_before + i) == record.frames[i].address);
   port.fill.publish(record.producer_after);
   port.rx.consume(record.consumer_after);
-  look_again();
-  must_hold(port.fill.producer() == record.producer_after && port.rx.consumer() == record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->receive);
   apply_drop(record, pair.state->receive_suspicion);
@@ -231,6 +224,13 @@ void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint
   must_hold(record.avail_before == vring.next_avail && record.used_before == vring.next_used);
   must_hold((record.packets_after - vring.packets) + (record.dropped_after - vring.dropped) == moved);
   must_hold(record.frame_count == record.producer_after - record.producer_before);
+}
+
+// After applying, while the record is still armed: whether the cursors are where the burst, as its stager remembers it,
+// was to bring them. Here and not where they are written: what goes wrong there goes wrong here in another way.
+void check_applied(const VringCursors& vring, std::uint16_t avail, std::uint16_t used) {
+  look_again();
+  must_hold(vring.next_avail == avail && vring.next_used == used && vring.copies[0] == position_word(vring));
 }
 
 // False, and the queue stopped, if what the guest has made available cannot be true, or its memory has gone.
@@ -590,9 +590,11 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     let_go(pair);
     return 0;
   }
-  record.producer_after = producer + record.frame_count;
+  const std::uint32_t producer_after = producer + record.frame_count;
+  const std::uint16_t used_after = queue.next(record.used_before, at.slots);
+  record.producer_after = producer_after;
   record.avail_after = at.position;
-  record.used_after = queue.next(record.used_before, at.slots);
+  record.used_after = used_after;
   pair.frame_hint = frames.hint();
   check_staged(record, vring, record.used_count);
   must_hold(record.producer_before == port.tx.producer() && record.used_count <= at.slots);
@@ -600,6 +602,8 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_transmit(pair, queue);
+  check_applied(vring, at.position, used_after);
+  must_hold(port.tx.producer() == producer_after);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
@@ -671,15 +675,19 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   record.consumer_before = consumer;
   record.consumer_after = consumer + taken;
   record.producer_before = port.fill.producer();
-  record.producer_after = record.producer_before + record.frame_count;
+  const std::uint32_t producer_after = record.producer_before + record.frame_count;
+  const std::uint16_t used_after = queue.next(record.used_before, at.slots);
+  record.producer_after = producer_after;
   record.avail_after = at.position;
-  record.used_after = queue.next(record.used_before, at.slots);
+  record.used_after = used_after;
   check_staged(record, vring, taken);
   must_hold(record.consumer_before == port.rx.consumer() && record.used_count <= at.slots);
   if (drop) stage_drop(record, pair.state->receive_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_receive(pair, queue);
+  check_applied(vring, at.position, used_after);
+  must_hold(port.rx.consumer() == consumer + taken && port.fill.producer() == producer_after);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);

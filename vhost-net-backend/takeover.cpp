@@ -44,7 +44,7 @@ std::uint32_t Shard::owner_of(std::uint64_t word) {
     return one == tag_ || (watchdog_ != nullptr && one == watchdog_->tag());
   };
   if (known(tag) != known(owner_tag(copy))) return known(tag) ? tag : owner_tag(copy);
-  return config_.fence->dead(tag) ? owner_tag(copy) : tag;
+  return config_.fence->dead(tag) && !config_.fence->dead(owner_tag(copy)) ? owner_tag(copy) : tag;
 }
 
 bool Shard::take_over() {
