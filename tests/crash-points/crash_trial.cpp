@@ -57,18 +57,32 @@ void restore(const EngineWorld& world, const Snapshot& snapshot) {
 // Where restarted rings begin: not where they were.
 constexpr std::uint16_t kRestartBase = 500;
 
-ShardStepper make_shard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag,
-                        std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices) {
+using Ports = std::vector<std::shared_ptr<const UplinkPorts>>;
+
+Ports make_ports(const EngineWorld& world) {
+  Ports ports;
+  for (std::uint32_t n = 0; n < world.shape().devices; ++n) ports.push_back(world.make_ports(n));
+  return ports;
+}
+
+std::vector<std::shared_ptr<const Device>> make_devices(const EngineWorld& world) {
+  std::vector<std::shared_ptr<const Device>> devices;
+  for (std::uint32_t n = 0; n < world.shape().devices; ++n) devices.push_back(world.make_device(world.describe(1, n)));
+  return devices;
+}
+
+ShardStepper make_shard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag, const Ports& ports,
+                        std::vector<std::shared_ptr<const Device>> devices) {
   ShardStepper shard(world.segment(), fence.view(), tag);
-  shard.hold(std::move(ports), std::move(devices));
+  for (std::size_t i = 1; i < ports.size(); ++i) shard.post(AttachCommand{ports[i]});
+  shard.hold(ports.front(), std::move(devices));
   return shard;
 }
 
 }  // namespace
 
 std::vector<std::shared_ptr<const Device>> CrashTrial::devices(const EngineWorld& world) const {
-  DeviceDescription first = world.describe(1);
-  if (row_.situation != Situation::kRestart) return {world.make_device(first)};
+  if (row_.situation != Situation::kRestart) return make_devices(world);
   DeviceDescription stopped = world.describe(2), restarted = world.describe(3);
   for (std::uint32_t i = 0; i < 2; ++i) {
     stopped.vrings[i].flags &= ~VringDescription::kRunning;
@@ -90,18 +104,22 @@ void CrashTrial::restart_driver(EngineWorld& world, ShardStepper& owner) const {
 // Up to the burst: a few packets have crossed each way, the kernel still owes completions for some.
 void CrashTrial::prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const {
   const bool starved = row_.situation == Situation::kStarved;
-  ShardStepper owner = make_shard(world, fence, kWarmTag, world.make_ports(), {world.make_device(world.describe(1))});
+  ShardStepper owner = make_shard(world, fence, kWarmTag, make_ports(world), make_devices(world));
+  GuestNic& receiver = world.nics.back();
   if (!owner.take_over()) std::abort();
-  world.nics[0].post(starved ? 2 * kWarmUp : ~0u);
+  if (row_.forward) world.nics[0].post();
+  receiver.post(starved ? 2 * kWarmUp : ~0u);
   flows.send(world, kWarmUp, kWarmUp);
   while (owner.poll_once()) {
   }
   std::vector<std::byte> packet;
   while (const auto bytes = world.kernels[0].send()) flows.uplink.note(*bytes);
+  while (row_.forward && receiver.take(packet)) flows.uplink.note(packet);
   while (world.nics[0].take(packet)) flows.guest.note(packet);
   world.nics[0].reap();
   if (row_.situation == Situation::kRestart) restart_driver(world, owner);
-  world.nics[0].post(starved ? row_.burst / 2 : ~0u);
+  if (row_.forward) world.nics[0].post();
+  receiver.post(starved ? row_.burst / 2 : ~0u);
   fence.kill(kWarmTag);
 }
 
@@ -111,7 +129,10 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   FakeFence fence;
   Flows flows(kMatrixFlow);
   prepare(rehearsal, fence, flows);
-  const GuestQueue& queue = row_.receive ? rehearsal.nics[0].receive : rehearsal.nics[0].transmit;
+  // Of a forward, each of its two rings once.
+  const GuestQueue& queue = row_.receive                                ? rehearsal.nics[0].receive
+                            : row_.forward && row_.wrap == Wrap::kIndex ? rehearsal.nics[1].receive
+                                                                        : rehearsal.nics[0].transmit;
   const auto half = (row_.burst + 1) / 2;
   // Packed: positions count slots; as many a packet as in the warm-up.
   const std::uint32_t before =
@@ -131,7 +152,7 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   fence_ = std::make_unique<FakeFence>();
   flows_ = std::make_unique<Flows>(kMatrixFlow);
   devices_ = devices(*trial_);
-  ports_ = trial_->make_ports();
+  ports_ = make_ports(*trial_);
 }
 
 void CrashTrial::judge(const Snapshot& snapshot, RowResult& result) {
@@ -188,11 +209,13 @@ void CrashTrial::step_owner(RowResult& result) {
   SteppedProcess child([this] {
     fence_->view_again();
     const auto held = devices(*world_);
-    ShardStepper owner = make_shard(*world_, *fence_, kOwnerTag, world_->make_ports(), {held.front()});
+    const bool restart = row_.situation == Situation::kRestart;
+    ShardStepper owner =
+        make_shard(*world_, *fence_, kOwnerTag, make_ports(*world_), restart ? std::vector{held.front()} : held);
     if (!owner.take_over()) std::abort();
-    if (held.size() > 1) owner.post(DescribeCommand{held.back()});
+    if (restart) owner.post(DescribeCommand{held.back()});
     stepped::pause();
-    if (held.size() > 1) owner.run_commands();
+    if (restart) owner.run_commands();
     if (row_.situation == Situation::kPoison) {
       for (QueuePair& pair : owner.pairs()) load_suspects(pair);
       for (int round = 0; round < 2; ++round) owner.poll_once();
@@ -205,8 +228,7 @@ void CrashTrial::step_owner(RowResult& result) {
     stepped::pause();
   });
   if (row_.situation == Situation::kHandover)
-    make_shard(*world_, *fence_, kHeirTag, world_->make_ports(), {world_->make_device(world_->describe(1))})
-        .ask_owner();
+    make_shard(*world_, *fence_, kHeirTag, make_ports(*world_), make_devices(*world_)).ask_owner();
   fence_->kill(kOwnerTag);
   begin_burst();
   world_->calls(0);
@@ -238,7 +260,7 @@ void CrashTrial::look(Snapshot& snapshot, RowResult& result) {
 void CrashTrial::step_heirs(bool moved, RowResult& result) {
   SteppedProcess child([this] {
     fence_->view_again();
-    const auto ports = world_->make_ports();
+    const auto ports = make_ports(*world_);
     const auto held = devices(*world_);
     for (;;) {
       stepped::pause();  // the parent puts a snapshot in place

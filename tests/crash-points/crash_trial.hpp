@@ -50,7 +50,7 @@ class CrashTrial {
   std::unique_ptr<FakeFence> fence_;
   std::unique_ptr<Flows> flows_;  // as they stand when the burst begins
   std::vector<std::shared_ptr<const Device>> devices_;
-  std::shared_ptr<const UplinkPorts> ports_;
+  std::vector<std::shared_ptr<const UplinkPorts>> ports_;  // of each device
   std::unordered_set<std::uint64_t> seen_;
   // A distinct state of the owner's burst, with what guest and kernel remember then.
   struct Start {

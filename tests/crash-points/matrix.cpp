@@ -64,21 +64,26 @@ WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool 
 
 std::vector<MatrixRow> matrix() {
   std::vector<MatrixRow> rows;
-  bool packed = false;
+  bool packed = false, forward = false;
   const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
                        std::uint32_t burst, Situation situation = Situation::kPlain) {
     MatrixRow row;
     row.situation = situation;
     row.transmit = transmit;
+    row.forward = forward;
     row.receive = receive;
     row.burst = burst;
     row.wrap = wrap;
-    // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short.
-    row.nested = burst <= 2 && (event_index || !packed);
+    // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short, and so
+    // does one wrap of a forward.
+    row.nested = burst <= 2 && (event_index || !packed) && (!forward || (event_index && wrap == Wrap::kIndex));
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
+    if (forward) row.shape.devices = row.shape.queue_pairs = 2;
+    if (forward && packed && mergeable) row.shape.nic.queue_size = (burst <= 2 ? 32 : 288) + 5;
     if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
     if (situation == Situation::kFull && packed) row.shape.nic.queue_size = 2 * burst + 7;  // the warm-up jams it too
-    row.name = std::string(!receive    ? "guest->uplink"
+    row.name = std::string(forward     ? "guest->guest"
+                           : !receive  ? "guest->uplink"
                            : !transmit ? "uplink->guest"
                                        : "both ways") +
                (packed ? ", packed, " : ", ") + name(style) + (mergeable ? ", mergeable" : "") +
@@ -91,7 +96,7 @@ std::vector<MatrixRow> matrix() {
                     : situation == Situation::kPlain && event_index &&
                           (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                        : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
-                                             mergeable == receive);
+                                             mergeable == (receive || forward));
     rows.push_back(row);
   };
   for (const bool layout : {false, true}) {
@@ -103,6 +108,18 @@ std::vector<MatrixRow> matrix() {
             for (const bool event_index : {false, true})
               for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
                 add(!receive, receive, style, mergeable, event_index, wrap, burst);
+    forward = true;
+    for (const std::uint32_t burst : {1u, 2u, 32u})
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+        for (const bool mergeable : {false, true})
+          for (const bool event_index : {false, true})
+            for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
+              add(true, false, style, mergeable, event_index, wrap, burst);
+    for (const std::uint32_t burst : {2u, 32u})
+      for (const bool mergeable : {false, true})
+        for (const Situation situation : {Situation::kStarved, Situation::kBadChain, Situation::kPoison})
+          add(true, false, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst, situation);
+    forward = false;
     // A round of the poll loop that has work in both directions: two transactions, one record.
     for (const std::uint32_t burst : {1u, 2u, 32u})
       for (const bool mergeable : {false, true})

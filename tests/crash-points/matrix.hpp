@@ -27,6 +27,7 @@ enum class Situation {
 struct MatrixRow {
   std::string name;
   bool transmit = false, receive = false;
+  bool forward = false;     ///< what is transmitted is for another NIC of the pair
   std::uint32_t burst = 1;  ///< packets in each direction
   Wrap wrap = Wrap::kNone;
   Situation situation = Situation::kPlain;

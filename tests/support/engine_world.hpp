@@ -150,7 +150,11 @@ class ShardStepper {
   std::uint32_t tag_;
 };
 
-/// Lets engine, kernel and guest run until nothing moves. Packets that left and arrived go to the ledgers.
+/// The guest of the last device takes what arrived, and posts again. Returns whether anything moved.
+std::uint32_t peer_goes_on(EngineWorld& world, Ledger& ledger);
+
+/// Lets engine, kernel and guest run until nothing moves. Packets that left and arrived go to the ledgers. With two
+/// devices the first one's packets are to arrive at the other: those that the kernel sends stand in no ledger.
 struct Drained {
   std::uint32_t sent = 0, received = 0;
   bool quiet = true;  ///< false: given up, for something moved in every one of very many rounds

@@ -33,24 +33,44 @@ void Flows::send(EngineWorld& world, std::uint32_t guest_packets, std::uint32_t 
 
 void world_moves_on(EngineWorld& world, Flows& flows, std::uint32_t more) {
   std::vector<std::byte> packet;
-  while (const auto bytes = world.kernels[0].send()) flows.uplink.note(*bytes);
+  while (const auto bytes = world.kernels[0].send())
+    if (world.shape().devices == 1) flows.uplink.note(*bytes);
   world.kernels[0].complete();
   world.nics[0].reap();
   while (world.nics[0].take(packet)) flows.guest.note(packet);
   world.nics[0].post();
+  if (world.shape().devices > 1) peer_goes_on(world, flows.uplink);
   flows.send(world, more, more);
 }
 
+namespace {
+
+// The receiving end of a forward: each packet is delivered once, or counted once as one that found no buffers.
+void judge_peer(const EngineWorld& world, const Flows& flows, Verdict& verdict) {
+  const GuestNic& nic = world.nics[1];
+  const VringCursors& receive = world.state(1).receive;
+  verdict.miscounted += receive.packets + receive.overflow != flows.from_guest || receive.dropped != 0;
+  verdict.miscounted += verdict.tally.lost != receive.overflow;
+  verdict.tally.lost = 0;
+  verdict.descriptor_errors += nic.receive.wrong_returns() + nic.empty_returns() + nic.protocol_errors();
+  verdict.descriptor_errors += receive.next_used != nic.receive.used_taken();
+  verdict.leaked_frames += world.audit(1).leaked + world.audit(1).doubled;
+  verdict.stopped += receive.fault.load() != QueueFault::kNone;
+}
+
+}  // namespace
+
 Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows) {
   Verdict verdict;
-  world.calls(0);
-  world.calls(1);
+  const std::uint32_t vrings = 2 * world.shape().devices;
+  for (std::uint32_t i = 0; i < vrings; ++i) world.calls(i);
   const bool everybody_told = let_go(world);
   if (!heir.take_over()) {
     verdict.stopped = 1;
     return verdict;
   }
-  if (!everybody_told && (world.calls(0) == 0 || world.calls(1) == 0)) ++verdict.not_notified;
+  for (std::uint32_t i = 0; i < vrings; ++i)
+    if (!everybody_told && world.calls(i) == 0) ++verdict.not_notified;
   bool quiet = drain(world, heir, flows.uplink, flows.guest).quiet;
   flows.send(world, 3, 3);
   quiet = drain(world, heir, flows.uplink, flows.guest).quiet && quiet;
@@ -58,6 +78,7 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   const GuestNic& nic = world.nics[0];
   const QueuePairState& state = world.state();
   verdict.tally = flows.uplink.finish(flows.from_guest);
+  if (world.shape().devices > 1) judge_peer(world, flows, verdict);
   verdict.tally += flows.guest.finish(flows.from_uplink);
   const FrameAudit audit = world.audit();
   verdict.leaked_frames = audit.leaked + audit.doubled + world.kernels[0].bad_descriptors();
