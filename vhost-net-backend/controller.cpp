@@ -213,6 +213,8 @@ Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd>
   auto uplink = std::make_shared<UplinkPorts>();
   uplink->device = attach.device;
   uplink->first_queue_pair = attach.first_queue_pair;
+  uplink->group = attach.group;
+  uplink->mac = attach.mac;
   for (std::uint32_t i = 0; i < attach.queue_pairs; ++i) {
     XskDescription description;
     std::memcpy(&description, body.data() + i * sizeof description, sizeof description);

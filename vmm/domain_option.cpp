@@ -172,7 +172,7 @@ Result<UplinkOption> parse_null(xml_node element) {
   const auto* word = std::find_if(std::begin(kWords), std::end(kWords), [&](const Word& w) { return w.text == value; });
   if (word == std::end(kWords))
     return wrong("uplink null=" + quoted(value) + "; write null='sink', 'source' or 'loopback'");
-  UplinkOption option{word->kind, std::string{value}, 0};
+  UplinkOption option{word->kind, std::string{value}, 0, false};
   const xml_attribute frame = element.attribute("frame");
   if (option.kind != UplinkOption::Kind::kSource) {
     if (frame) return wrong("<uplink> has an attribute frame, which goes with null='source' only; remove it");
@@ -188,14 +188,15 @@ Result<UplinkOption> parse_null(xml_node element) {
 }
 
 Result<UplinkOption> parse_uplink(xml_node element) {
-  if (auto shape = check_shape(element, {"bridge", "dev", "null", "frame"}); !shape)
+  if (auto shape = check_shape(element, {"bridge", "dev", "null", "frame", "direct"}); !shape)
     return tl::make_unexpected(std::move(shape.error()));
   for (const xml_node child : element.children())
     if (child.type() == pugi::node_element) return tl::make_unexpected(unknown_element(child, element.name()).error());
   std::vector<UplinkOption> found;
   if (const auto bridge = element.attribute("bridge"))
-    found.push_back({UplinkOption::Kind::kBridge, bridge.value(), 0});
-  if (const auto device = element.attribute("dev")) found.push_back({UplinkOption::Kind::kDevice, device.value(), 0});
+    found.push_back({UplinkOption::Kind::kBridge, bridge.value(), 0, true});
+  if (const auto device = element.attribute("dev"))
+    found.push_back({UplinkOption::Kind::kDevice, device.value(), 0, false});
   if (element.attribute("null")) {
     auto null = parse_null(element);
     if (!null) return tl::make_unexpected(std::move(null.error()));
@@ -209,6 +210,13 @@ Result<UplinkOption> parse_uplink(xml_node element) {
   if (!found.front().is_null() && !is_interface_name(found.front().name))
     return wrong("uplink " + quoted(found.front().name) + " is not a network interface name: 1 to " +
                  std::to_string(IFNAMSIZ - 1) + " letters, digits, '.', '_', '-' or '@'");
+  if (const auto direct = element.attribute("direct")) {
+    const std::string_view value = direct.value();
+    if (found.front().kind != UplinkOption::Kind::kBridge)
+      return wrong("<uplink> has an attribute direct, which goes with bridge= only; remove it");
+    if (value != "yes" && value != "no") return wrong("uplink direct=" + quoted(value) + "; write 'yes' or 'no'");
+    found.front().direct = value == "yes";
+  }
   return found.front();
 }
 

@@ -4,8 +4,8 @@
 //   <metadata>
 //     <tandem:domain xmlns:tandem="urn:tandem:domain:1">
 //       <tandem:nic mac="52:54:00:12:34:56" pair="default">
-//         <tandem:uplink bridge="br0"/>                      <!-- or dev="eth1"; null="..." to measure -->
-//         <tandem:watchdog spin="5ms" blocked="5ms"/>        <!-- may be left out -->
+//         <tandem:uplink bridge="br0"/>                      <!-- or dev="eth1"; null="..." to measure; with bridge:
+//         direct="no" --> <tandem:watchdog spin="5ms" blocked="5ms"/>        <!-- may be left out -->
 //       </tandem:nic>
 //     </tandem:domain>
 //   </metadata>
@@ -35,6 +35,7 @@ struct UplinkOption {
   Kind kind = Kind::kSink;
   std::string name;                ///< network interface name; of the last three the word itself
   std::uint32_t frame_length = 0;  ///< kSource: bytes of each frame without its checksum, from frame='N'
+  bool direct = true;              ///< kBridge: packets to NICs of the same pair and bridge do not pass the bridge
 
   [[nodiscard]] bool is_null() const { return kind != Kind::kBridge && kind != Kind::kDevice; }
 };

@@ -14,7 +14,7 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 2;
+inline constexpr std::uint16_t kControlVersion = 3;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
@@ -60,7 +60,8 @@ struct AttachBody {
   std::uint32_t device = 0;
   std::uint32_t first_queue_pair = 0;  ///< index in Segment::queue_pairs
   std::uint32_t queue_pairs = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t group = 0;  ///< devices of one group, not 0, reach one another directly
+  std::uint64_t mac = 0;    ///< the device's; its six bytes in memory order
 };
 
 struct DeviceBody {
@@ -137,7 +138,7 @@ struct PoisonBody {
 };
 
 static_assert(sizeof(PoisonBody) == 32);
-static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 16);
+static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 24);
 static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 8 &&
               sizeof(RefusalBody) == 128 && sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);

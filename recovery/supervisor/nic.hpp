@@ -43,6 +43,7 @@ struct Nic {
   Pair* pair = nullptr;
   std::uint32_t device_index = 0;
   std::uint32_t first_queue_pair = 0;
+  std::uint32_t group = 0;  ///< NICs of one group, not 0, reach one another without the bridge
   std::optional<Uplink> uplink;
   EventLoop::Source uplink_watch;
   EventLoop::Timer carrier_limit;  ///< runs until the uplink is connected

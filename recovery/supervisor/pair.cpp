@@ -166,13 +166,14 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
 }
 
 void Pair::adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
-                        std::vector<UniqueFd> fds) {
+                        std::vector<UniqueFd> fds, const Reach& reach) {
   const auto begin = queue_pair_used_.begin() + first_queue_pair;
   std::fill(begin, begin + static_cast<std::ptrdiff_t>(ports.size()), true);
   Attached& attached = devices_[device];
   attached.first_queue_pair = first_queue_pair;
   attached.ports = std::move(ports);
   attached.fds = std::move(fds);
+  attached.reach = reach;
 }
 
 void Pair::resume() {
@@ -700,11 +701,12 @@ Status Pair::reserve(std::uint32_t queue_pairs, std::uint32_t& device, std::uint
 }
 
 void Pair::attach(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
-                  std::vector<UniqueFd> fds) {
+                  std::vector<UniqueFd> fds, const Reach& reach) {
   Attached& attached = devices_[device];
   attached.first_queue_pair = first_queue_pair;
   attached.ports = std::move(ports);
   attached.fds = std::move(fds);
+  attached.reach = reach;
   for (Member& member : members_) {
     if (member.stage == Member::Stage::kStarting || member.stage == Member::Stage::kDead) continue;
     if (auto sent = send_attach(member, device, attached); !sent) end(member, sent.error().text);
@@ -714,7 +716,8 @@ void Pair::attach(std::uint32_t device, std::uint32_t first_queue_pair, std::vec
 Status Pair::send_attach(Member& member, std::uint32_t device, const Attached& attached) {
   std::vector<int> fds;
   for (const UniqueFd& fd : attached.fds) fds.push_back(fd.get());
-  const AttachBody body{device, attached.first_queue_pair, static_cast<std::uint32_t>(attached.ports.size()), 0};
+  const AttachBody body{device, attached.first_queue_pair, static_cast<std::uint32_t>(attached.ports.size()),
+                        attached.reach.group, attached.reach.mac};
   return member.send(ControlType::kAttach, body, fds, std::as_bytes(std::span(attached.ports)));
 }
 

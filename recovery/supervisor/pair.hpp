@@ -51,6 +51,12 @@ struct DescribedGeneration {
   std::vector<UniqueFd> fds;
 };
 
+/// By whom a NIC is reached without the bridge: AttachBody.
+struct Reach {
+  std::uint32_t group = 0;
+  std::uint64_t mac = 0;
+};
+
 class Pair {
  public:
   /// What the pair has to tell the supervisor. Called from the event loop, never from inside a call into the pair.
@@ -106,7 +112,7 @@ class Pair {
   void adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector<pid_t> threads,
                     std::vector<std::uint32_t> tags, std::vector<std::uint32_t> rings);
   void adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
-                    std::vector<UniqueFd> fds);
+                    std::vector<UniqueFd> fds, const Reach& reach);
   /// Goes on from what was adopted: enters the state that the members make, and starts what is missing.
   void resume();
 
@@ -119,7 +125,7 @@ class Pair {
   /// Room for a device of `queue_pairs`, or an error that says what is full. Its queue pairs' states are zeroed.
   Status reserve(std::uint32_t queue_pairs, std::uint32_t& device, std::uint32_t& first_queue_pair);
   void attach(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
-              std::vector<UniqueFd> fds);
+              std::vector<UniqueFd> fds, const Reach& reach);
   /// Sends a generation to every member, heir first. `fds` are duplicated.
   Status describe(const DeviceDescription& description, std::span<const int> fds);
   /// Forgets the device in all members; on_detached() when none maps it any more, then release() its room.
@@ -145,6 +151,7 @@ class Pair {
     std::uint32_t first_queue_pair = 0;
     std::vector<XskDescription> ports;
     std::vector<UniqueFd> fds;
+    Reach reach;
     // At most two: the one in force, and a newer one that is not yet.
     std::vector<DescribedGeneration> generations;
     bool detaching = false;

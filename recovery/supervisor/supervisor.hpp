@@ -22,6 +22,11 @@
 
 namespace tandem {
 
+/// The group of a NIC (AttachBody): the bridge's index if it may reach its neighbours directly, else 0.
+std::uint32_t direct_group(const NicOption& option);
+/// "52:54:00:12:34:56" as AttachBody::mac.
+std::uint64_t mac_number(const std::string& mac);
+
 class Supervisor final : public VaultHandler, public Pair::Listener {
  public:
   /// Cleans up after a dead predecessor, loads the fence, attaches to the vault, listens. Errors say what the host

@@ -75,6 +75,8 @@ Status Supervisor::keep_nic(Nic& nic) {
                     {"uplink_kind", static_cast<int>(nic.option.uplink.kind)},
                     {"uplink_name", nic.option.uplink.name},
                     {"uplink_frame", nic.option.uplink.frame_length},
+                    {"uplink_direct", nic.option.uplink.direct},
+                    {"group", nic.group},
                     {"spin_ns", nic.option.watchdog.spin.count()},
                     {"blocked_ns", nic.option.watchdog.blocked.count()},
                     {"queues", nic.option.queues},
@@ -239,6 +241,8 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   nic.option.uplink.kind = static_cast<UplinkOption::Kind>(record.at("uplink_kind").get<int>());
   nic.option.uplink.name = record.at("uplink_name").get<std::string>();
   nic.option.uplink.frame_length = record.at("uplink_frame").get<std::uint32_t>();
+  nic.option.uplink.direct = record.at("uplink_direct").get<bool>();
+  nic.group = record.at("group").get<std::uint32_t>();
   nic.option.watchdog.spin = std::chrono::nanoseconds(record.at("spin_ns").get<std::int64_t>());
   nic.option.watchdog.blocked = std::chrono::nanoseconds(record.at("blocked_ns").get<std::int64_t>());
   nic.option.queues = record.at("queues").get<std::uint32_t>();
@@ -285,7 +289,8 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
   if (!device) return within(what, std::move(device.error()));
   nic.device.emplace(std::move(*device));
   nic.kills_seen = kills_of(nic);
-  nic.pair->adopt_device(nic.device_index, nic.first_queue_pair, std::move(descriptions), std::move(for_members));
+  nic.pair->adopt_device(nic.device_index, nic.first_queue_pair, std::move(descriptions), std::move(for_members),
+                         {nic.group, mac_number(nic.option.mac)});
   nics_.emplace(nic.option.mac, std::move(nic));
   return {};
 }

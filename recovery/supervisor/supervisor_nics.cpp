@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // NICs of tandemd: their uplink, socket, device and place in a pair, from a domain's start to its end.
 #include <grp.h>
+#include <net/if.h>
 #include <pwd.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "recovery/supervisor/probe.hpp"
 #include "recovery/supervisor/supervisor.hpp"
@@ -55,6 +57,21 @@ Result<Pair*> Supervisor::pair_for(const std::string& name) {
   if (!pair) return tl::make_unexpected(std::move(pair.error()));
   save_pair(**pair);
   return (pairs_[name] = std::move(*pair)).get();
+}
+
+std::uint32_t direct_group(const NicOption& option) {
+  if (option.uplink.kind != UplinkOption::Kind::kBridge || !option.uplink.direct) return 0;
+  // A bridge that filters VLANs decides by more than addresses. One of which nobody can say counts as filtering.
+  std::ifstream filtering("/sys/class/net/" + option.uplink.name + "/bridge/vlan_filtering");
+  if (int on = 1; !(filtering >> on) || on != 0) return 0;
+  return ::if_nametoindex(option.uplink.name.c_str());
+}
+
+std::uint64_t mac_number(const std::string& mac) {
+  std::uint64_t number = 0;
+  for (std::size_t i = 0; i < 6; ++i)
+    number |= std::uint64_t{static_cast<std::uint8_t>(std::stoul(mac.substr(3 * i, 2), nullptr, 16))} << 8 * i;
+  return number;
 }
 
 UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
@@ -131,7 +148,9 @@ Status Supervisor::try_provision(const DomainOption& domain, const NicOption& op
   Nic& nic = nics_.emplace(option.mac, std::move(made)).first->second;
   std::vector<UniqueFd> fds;
   for (const int fd : nic.uplink->descriptors()) fds.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
-  (*pair)->attach(nic.device_index, nic.first_queue_pair, nic.uplink->descriptions(), std::move(fds));
+  nic.group = direct_group(option);
+  (*pair)->attach(nic.device_index, nic.first_queue_pair, nic.uplink->descriptions(), std::move(fds),
+                  {nic.group, mac_number(option.mac)});
   TANDEM_SUPERVISOR_PROBE(kNicAttached);
   // The empty description: a generation is in force from the beginning, so every later wait has something to wait for.
   save(nic);

@@ -251,15 +251,16 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
     }
   } receive, transmit;
   std::string fault;
+  std::uint64_t overflow = 0;
   for (std::uint32_t i = 0; i < nic.option.queues; ++i) {
     const QueuePairState& state = nic.pair->segment().queue_pairs[nic.first_queue_pair + i];
     receive.add(state.receive, state.receive_suspicion);
+    overflow += state.receive.overflow;
     transmit.add(state.transmit, state.transmit_suspicion);
     for (const VringCursors* cursors : {&state.receive, &state.transmit})
       if (const QueueFault found = cursors->fault.load(std::memory_order_relaxed); found != QueueFault::kNone)
         fault = fault_name(found);
   }
-  std::uint64_t overflow = 0;
   if (auto statistics = nic.uplink->statistics())
     for (const XskStatistics& queue : *statistics) overflow += queue.rx_dropped + queue.rx_ring_full;
   const UplinkOption& option = nic.option.uplink;
