@@ -61,9 +61,13 @@ Result<Pair*> Supervisor::pair_for(const std::string& name) {
 
 std::uint32_t direct_group(const NicOption& option) {
   if (option.uplink.kind != UplinkOption::Kind::kBridge || !option.uplink.direct) return 0;
-  // A bridge that filters VLANs decides by more than addresses. One of which nobody can say counts as filtering.
-  std::ifstream filtering("/sys/class/net/" + option.uplink.name + "/bridge/vlan_filtering");
-  if (int on = 1; !(filtering >> on) || on != 0) return 0;
+  // A bridge that filters VLANs decides by more than addresses. One that cannot be looked at counts as filtering; where
+  // only the file is missing, the kernel filters none (CONFIG_BRIDGE_VLAN_FILTERING).
+  const std::string bridge = "/sys/class/net/" + option.uplink.name + "/bridge";
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(bridge, ignored)) return 0;
+  if (std::ifstream filtering(bridge + "/vlan_filtering"); filtering)
+    if (int on = 1; !(filtering >> on) || on != 0) return 0;
   return ::if_nametoindex(option.uplink.name.c_str());
 }
 
@@ -167,8 +171,8 @@ Status Supervisor::try_provision(const DomainOption& domain, const NicOption& op
   set_hang_limits(**pair);
   (*pair)->start();
   TANDEM_SUPERVISOR_PROBE(kNicDescribed);
-  spdlog::info("NIC {} of domain {}: uplink {} ({}), {} queue pairs, pair {}", option.mac, domain.name,
-               option.uplink.name, nic.uplink->netdev(), option.queues, option.pair);
+  spdlog::info("NIC {} of domain {}: uplink {} ({}), {} queue pairs, pair {}, group {}", option.mac, domain.name,
+               option.uplink.name, nic.uplink->netdev(), option.queues, option.pair, nic.group);
   return {};
 }
 
