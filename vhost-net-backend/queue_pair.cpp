@@ -109,6 +109,28 @@ void add_used(RedoRecord& record, const Chain& chain, std::uint32_t length) {
 
 std::span<const RedoUsed> used_of(const RedoRecord& record) { return {record.used, record.used_count}; }
 
+// Gives the record's chains back. The elements are looked at before they are published: in the guest's memory, so that
+// one that differs is the guest's doing, or ours. Ours differs every time.
+template <class Queue>
+void give_back(const RedoRecord& record, const Queue& queue) {
+  const WindowOpen window;
+  queue.write_used(used_of(record), record.used_before);
+  if (record.kind == RedoKind::kTransmit)
+    TANDEM_PROBE(kSourceWritten);
+  else
+    TANDEM_PROBE(kDestinationWritten);
+  look_again();
+  if (kProtected && !queue.used_stands(used_of(record), record.used_before)) [[unlikely]]
+    confirm_refusal(
+        [&] {
+          queue.write_used(used_of(record), record.used_before);
+          look_again();
+          return !queue.used_stands(used_of(record), record.used_before);
+        },
+        [] { return true; });
+  queue.publish_used(used_of(record), record.used_before, record.used_after);
+}
+
 template <class Queue>
 void apply_transmit(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
@@ -129,12 +151,7 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
   port.tx.publish(record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
   // A replay may find them given back: then the guest may have taken them and reused the same slots.
-  if (!queue.is_published(record.used_before)) {
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kSourceWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
+  if (!queue.is_published(record.used_before)) give_back(record, queue);
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->transmit);
   apply_drop(record, pair.state->transmit_suspicion);
@@ -144,12 +161,7 @@ template <class Queue>
 void apply_receive(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
-  if (!queue.is_published(record.used_before)) {  // as in apply_transmit()
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kDestinationWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
+  if (!queue.is_published(record.used_before)) give_back(record, queue);  // as in apply_transmit()
   TANDEM_PROBE(kDestinationPublished);
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
     port.fill.at(record.producer_before + i) = record.frames[i].address;
@@ -653,8 +665,10 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
 // after it, each ring with room for what the record says.
 template <class Queue>
 bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCursors& vring, const Queue& queue) {
-  const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
-    return found == before || found == after;
+  const auto at_rest = [&record](std::uint64_t word) {
+    const auto avail = static_cast<std::uint16_t>(word), used = static_cast<std::uint16_t>(word >> 16);
+    return (avail == record.avail_before || avail == record.avail_after) &&
+           (used == record.used_before || used == record.used_after);
   };
   std::uint32_t slots = 0;
   for (const RedoUsed& used : used_of(record)) {
@@ -664,8 +678,7 @@ bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCur
   if (!queue.is_extent(record.used_count, slots) || !queue.is_position(record.avail_before) ||
       !queue.is_position(record.used_before) || queue.next(record.avail_before, slots) != record.avail_after ||
       queue.next(record.used_before, slots) != record.used_after ||
-      !either(vring.next_avail, record.avail_before, record.avail_after) ||
-      !either(vring.next_used, record.used_before, record.used_after))
+      !(at_rest(position_word(vring)) || at_rest(vring.copies[0]) || at_rest(~vring.copies[1])))
     return false;
   const bool transmit = record.kind == RedoKind::kTransmit;
   // The kernel's own indices: what stands in ours is about to be set, and an owner whose code was damaged may have set
