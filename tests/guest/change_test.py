@@ -112,7 +112,7 @@ class Change(Stage):
             file.write(DIMM)
         traffic = self.begin_traffic()
         for moment in (Moments.begins, Moments.moves):
-            self.during("DIMM plugged in", lambda: self._plug_memory(path, 1), moment)
+            self.during("DIMM plugged in", lambda: self._plug_memory(path), moment)
             traffic.wait_flow(0.5)
         for left in (1, 0):
             self.during("DIMM unplugged", lambda n=left: self._unplug_memory(path, n), Moments.moves)
@@ -123,7 +123,7 @@ class Change(Stage):
     def dimms():
         return guest.virsh("dumpxml", MAIN.name).stdout.count("<memory model='dimm'")
 
-    def _plug_memory(self, path, _count):
+    def _plug_memory(self, path):
         before, generation = self.dimms(), self.nic()["generation"]
         guest.virsh("attach-device", MAIN.name, path, "--live")
         host.wait_for(lambda: self.dimms() == before + 1, 20, "waiting for the DIMM")
@@ -168,17 +168,17 @@ class Change(Stage):
 
     def reset(self):
         flood = ("ip", "netns", "exec", host.NAME, "ping", "-q", "-i", "0.002", "-s", "1000", MAIN.address)
-        for number, moment in enumerate((Moments.begins, Moments.stands), 1):
+        for moment in (Moments.begins, Moments.moves, Moments.stands):
             child = self.spawn(flood)
             try:
-                self.during("virsh reset", lambda n=number: self._reset(n), moment)
+                self.during("virsh reset", self._reset, moment)
             finally:
                 host.end_process(child.pid, host.start_time(child.pid))
             self.expect_traffic("after virsh reset")
 
-    def _reset(self, number):
+    def _reset(self):
         guest.virsh("reset", MAIN.name)
-        self.console.wait_booted(number)
+        self.console.wait_booted()
 
     def kill_qemu(self):
         backends = self.backends()
@@ -202,7 +202,7 @@ class Change(Stage):
 
     def open_console(self):
         self.console = Console(MAIN)
-        self.console.wait_booted(1)
+        self.console.wait_booted()
 
     def backends(self):
         pairs = self.tandem.wait_whole()

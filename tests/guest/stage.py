@@ -73,7 +73,7 @@ class Console:
         path = guest.virsh("ttyconsole", shape.name).stdout.strip()
         self.file = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         tty.setraw(self.file)
-        self.text, self.number = "", 0
+        self.text, self.number, self.boots = "", 0, 0
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
@@ -102,10 +102,11 @@ class Console:
     def run(self, command, limit=60):
         self.finish(self.start(command), limit)
 
-    def wait_booted(self, times, limit=90):
-        """Until init has said so for the `times`-th time since this console was opened, and its shell listens."""
-        host.wait_for(lambda: self.text.count("init: guest ready") >= times, limit, "waiting for the guest to boot", 0.1)
-        host.wait_for(lambda: self.text.rpartition("init: guest ready")[2].count("guest# "), 20, "waiting for the guest's shell")
+    def wait_booted(self, limit=90):
+        """Until init has said so once more than at the last call, and its shell listens."""
+        self.boots += 1
+        host.wait_for(lambda: self.text.count("init: guest ready") >= self.boots, limit, "waiting for the guest to boot", 0.1)
+        host.wait_for(lambda: "guest# " in self.text.rpartition("init: guest ready")[2], 20, "waiting for the guest's shell")
 
 
 def say(text):
