@@ -167,6 +167,57 @@ TEST_CASE("a stopped active backend is found by its standby, with tandemd and wi
   require_clean_end(host, {"one"});
 }
 
+TEST_CASE("every kind of hang is found while tandemd cannot help") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  // Time enough to stop tandemd between its message to the backend and the verdict.
+  require_domain(host, "one", {{.watchdog = R"(spin="1s" blocked="1s")"}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    const std::pair<const char*, const char*> rows[] = {{"spin", "spinning"},
+                                                        {"block", "blocked"},
+                                                        {"livelock", "no progress"},
+                                                        {"stopped", "blocked"},
+                                                        {"asleep", "asleep with work pending"}};
+    for (const auto& [how, hang] : rows) {
+      INFO(how);
+      const bool drill = how != std::string("stopped") && how != std::string("asleep");
+      REQUIRE(traffic.pump_frames(100));
+      const pid_t victim = host.active();
+      const auto supervisor = host.processes("tandemd");
+      REQUIRE(supervisor.size() == 1);
+      if (how == std::string("asleep")) REQUIRE(eventually([&] { return host.pair()["active"]["state"] == "asleep"; }));
+      json answer;
+      std::thread asking;
+      if (drill)
+        asking = std::thread([&, name = std::string(how)] {
+          answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}});
+        });
+      if (drill) REQUIRE(traffic.pump_until([&] { return host.logged("drill " + std::string(how)); }));
+      ::kill(supervisor[0], SIGSTOP);
+      const auto stopped = std::chrono::steady_clock::now().time_since_epoch();
+      if (!drill) ::kill(victim, SIGSTOP);
+      const bool moved = traffic.pump_frames(100);  // the heir moves them: nobody else can
+      ::kill(supervisor[0], SIGCONT);
+      if (asking.joinable()) asking.join();
+      REQUIRE(moved);
+      const json incident = await_failover(host, traffic, victim);
+      CAPTURE(incident.dump(2));
+      CHECK(incident["detected_by"] == "watchdog");
+      CHECK(incident["hang"] == hang);
+      CHECK(std::chrono::nanoseconds{incident["fence_time_ns"].get<std::int64_t>()} > stopped);
+      report(how, incident);
+      require_paired(host, traffic, victim);
+    }
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result);
+    CHECK(result.clean());
+  }
+  require_clean_end(host, {"one"});
+}
+
 TEST_CASE("asleep and stopped: nobody minds until there is work") {
   SKIP_UNLESS_PAIR();
   PairHost host;
