@@ -200,6 +200,22 @@ WritableSpan GuestMemory::authorize_some(std::uint64_t address, std::uint64_t le
   return {region->window + offset, static_cast<std::size_t>(std::min(length, region->size - offset))};
 }
 
+// Apart from find(), on purpose: see second_opinion.hpp.
+bool GuestMemory::covers(std::uint64_t address, std::uint64_t length) const {
+  while (length != 0) {
+    std::uint64_t covered = 0;
+    for (std::uint32_t i = 0; i < count_ && covered == 0; ++i) {
+      const std::uint64_t begin = regions_[i].guest_address, last = begin + (regions_[i].size - 1);
+      if (address >= begin && address <= last) covered = last - address + 1;
+    }
+    if (covered == 0) return false;
+    if (covered >= length) return true;
+    address += covered;
+    length -= covered;
+  }
+  return true;
+}
+
 const std::byte* GuestMemory::view_user(std::uint64_t address, std::uint64_t length) const {
   const Region* region = find_user(address, length);
   return region == nullptr ? nullptr : region->view + (address - region->user_address);

@@ -10,6 +10,7 @@
 // dumps, not inherited by children, never populated wholesale.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -52,6 +53,21 @@ class GuestMemory {
     const Region* region = find(address, length);
     return region == nullptr ? nullptr : region->view + (address - region->guest_address);
   }
+  /// Whether view_some(), or authorize_some(), rightly gave `at` for `address`: the answer checked backwards.
+  [[nodiscard]] bool is_view_of(const std::byte* at, std::uint64_t address) const {
+    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
+      const std::uint64_t offset = address - region.guest_address;
+      return region.view + offset == at && offset < region.size;
+    });
+  }
+  [[nodiscard]] bool is_window_of(const std::byte* at, std::uint64_t address) const {
+    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
+      const std::uint64_t offset = address - region.guest_address;
+      return region.window + offset == at && offset < region.size;
+    });
+  }
+  /// Whether all of [address, address + length) is memory of the guest, in one region or across several that adjoin.
+  [[nodiscard]] bool covers(std::uint64_t address, std::uint64_t length) const;
   /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross
   /// regions.
   [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const;

@@ -111,6 +111,7 @@ bool Shard::let_go() {
   handover.grant.store(request, std::memory_order_release);
   TANDEM_PROBE(kHandoverGranted);
   std::uint64_t word = owner_word(epoch_, tag_);
+  shard.owner_inverted.store(~owner_word(epoch_, 0), std::memory_order_release);
   // Release: whoever finds nobody here sees everything we did. If the word is not ours, another owner may be at work.
   if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, 0), std::memory_order_acq_rel)) std::abort();
   TANDEM_PROBE(kHandoverLetGo);

@@ -9,7 +9,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 
 #include "common/crc32c.hpp"
@@ -17,6 +19,7 @@
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/protection.hpp"
+#include "vhost-net-backend/second_opinion.hpp"
 
 namespace tandem {
 
@@ -32,6 +35,16 @@ std::uint32_t record_crc(const RedoRecord& record) {
   std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
   crc = crc32c_extend(crc, record.frames, record.frame_count * sizeof(RedoFrame));
   return crc32c_extend(crc, record.used, record.used_count * sizeof(RedoUsed));
+}
+
+// What follows from everything before it, looked at in shared memory of our own (never in the guest's, who could break
+// it at will). It fails if our code or registers were damaged: then we die, before the damage is committed, or with the
+// record armed from which an heir makes it good. After look_again() compilers cannot know what they have just stored.
+void look_again() { asm volatile("" ::: "memory"); }
+void must_hold(bool condition) {
+  if constexpr (kProtected)
+    if (!condition) [[unlikely]]
+      std::abort();
 }
 
 // The part of the record that is the same for both directions.
@@ -74,6 +87,9 @@ void apply_cursors(const RedoRecord& record, VringCursors& vring) {
   vring.packets = record.packets_after;
   vring.bytes = record.bytes_after;
   vring.dropped = record.dropped_after;
+  const std::uint64_t word = std::uint64_t{record.avail_after} | std::uint64_t{record.used_after} << 16 |
+                             std::uint64_t{vring.start_count} << 32;
+  copy_positions(vring, word);
   TANDEM_PROBE(kCursorsAdvanced);
 }
 
@@ -105,6 +121,11 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
     port.tx.at(record.producer_before + i) = {record.frames[i].address, record.frames[i].length, 0};
   TANDEM_PROBE(kDestinationWritten);
+  look_again();
+  for (std::uint32_t i = 0; i < record.frame_count; ++i) {
+    const xdp_desc& entry = port.tx.at(record.producer_before + i);
+    must_hold(entry.addr == record.frames[i].address && entry.len == record.frames[i].length);
+  }
   port.tx.publish(record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
   // A replay may find them given back: then the guest may have taken them and reused the same slots.
@@ -133,6 +154,9 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
     port.fill.at(record.producer_before + i) = record.frames[i].address;
   TANDEM_PROBE(kSourceWritten);
+  look_again();
+  for (std::uint32_t i = 0; i < record.frame_count; ++i)
+    must_hold(port.fill.at(record.producer_before + i) == record.frames[i].address);
   port.fill.publish(record.producer_after);
   port.rx.consume(record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
@@ -163,14 +187,30 @@ void stage_drop(RedoRecord& record, Suspicion& suspicion) {
   suspicion.poisoned_after = suspicion.poisoned + 1;
 }
 
+// Before arming, once all is staged: counts and cursors of either direction, where `moved` entries leave the source.
+void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint64_t moved) {
+  must_hold(record.avail_before == vring.next_avail && record.used_before == vring.next_used);
+  must_hold((record.packets_after - vring.packets) + (record.dropped_after - vring.dropped) == moved);
+  must_hold(record.frame_count == record.producer_after - record.producer_before);
+}
+
+// After applying, while the record is still armed: whether the cursors are where the burst, as its stager remembers it,
+// was to bring them. Here and not where they are written: what goes wrong there goes wrong here in another way.
+void check_applied(const VringCursors& vring, std::uint16_t avail, std::uint16_t used) {
+  look_again();
+  must_hold(vring.next_avail == avail && vring.next_used == used && vring.copies[0] == position_word(vring));
+}
+
 // False, and the queue stopped, if what the guest has made available cannot be true, or its memory has gone.
 template <class Queue>
-bool usable(const GuestMemory& memory, const typename Queue::Supply& supply, VringCursors& vring) {
+bool usable(const GuestMemory& memory, const Queue& queue, const typename Queue::Supply& supply, VringCursors& vring) {
   if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
     return false;
   }
   if (supply.plausible()) return true;
+  confirm_refusal([&] { return !queue.supply(vring.next_avail, vring.next_used).plausible(); },
+                  [&] { return supply_is_plausible(queue, vring.next_avail, vring.next_used); });
   vring.fault.store(Queue::kImplausible, std::memory_order_release);
   return false;
 }
@@ -218,6 +258,12 @@ class FramePicker {
   std::uint64_t taken_ = 0;
 };
 
+// How far a burst has come in a ring.
+struct Progress {
+  std::uint16_t position;   ///< where the next chain begins
+  std::uint32_t slots = 0;  ///< taken since the burst began
+};
+
 // Copies a transmit chain's payload (all but the virtio header) to `frame`. Returns its length, 0 with `fault` set if
 // refused.
 template <class Chain>
@@ -241,6 +287,7 @@ std::uint32_t gather(QueuePair& pair, Chain& chain, std::byte* frame, ChainFault
         fault = ChainFault::kAddress;
         return 0;
       }
+      must_hold(pair.memory->is_view_of(piece.data(), at));
       const std::size_t jump = std::min<std::size_t>(ignore, piece.size());
       ignore -= static_cast<std::uint32_t>(jump);
       const std::size_t copy = piece.size() - jump;
@@ -257,6 +304,23 @@ std::uint32_t gather(QueuePair& pair, Chain& chain, std::byte* frame, ChainFault
   fault = chain.fault();
   if (fault == ChainFault::kNone && (skip != 0 || filled < kShortestFrame)) fault = ChainFault::kTooShort;
   return fault == ChainFault::kNone ? filled : 0;
+}
+
+// Before a transmit chain is refused.
+template <class Queue>
+void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& at, std::uint32_t frame) {
+  const std::uint64_t header = pair.header_size;
+  const std::uint64_t most = header + pair.port->description().max_packet;
+  const ChainNeed need{.writable = false, .least = header + kShortestFrame, .most = most, .look = most + 1};
+  std::byte* bytes = pair.port->frame(pair.port->transmit_address(frame), pair.port->description().frame_size);
+  confirm_refusal(
+      [&] {
+        ChainFault fault = ChainFault::kNone;
+        typename Queue::Chain again(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
+        gather(pair, again, bytes, fault);
+        return !again.finish() || fault != ChainFault::kNone;
+      },
+      [&] { return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need); });
 }
 
 // Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
@@ -301,6 +365,7 @@ class Scatter {
       fault_ = ChainFault::kAddress;
       return false;
     }
+    must_hold(memory_.is_window_of(span_.data(), address_));
     address_ += span_.size();
     left_ -= span_.size();
     return true;
@@ -315,11 +380,54 @@ class Scatter {
   ChainFault fault_ = ChainFault::kNone;
 };
 
-// How far a burst has come in a ring.
-struct Progress {
-  std::uint16_t position;   ///< where the next chain begins
-  std::uint32_t slots = 0;  ///< taken since the burst began
+// One receive chain with as much of a packet as found room.
+template <class Queue>
+struct Filled {
+  Filled(QueuePair& pair, const Queue& queue, const Progress& at, bool first, const std::byte* packet,
+         std::uint32_t length)
+      : scatter(*pair.memory, queue, at.position, at.slots) {
+    if (first) {
+      // All fields zero: no offloads. num_buffers, the last two bytes of 12, is known only at the end.
+      static constexpr std::byte kHeader[kLongHeader] = {};
+      written = static_cast<std::uint32_t>(scatter.write(kHeader, std::min(pair.header_size, kBuffersAt)));
+      for (std::uint32_t i = kBuffersAt; i < pair.header_size && written == i; ++i) {
+        buffers_field[i - kBuffersAt] = scatter.position();
+        written += static_cast<std::uint32_t>(scatter.write(kHeader, 1));
+      }
+      complete = written == pair.header_size;
+    }
+    if (complete) copied = static_cast<std::uint32_t>(scatter.write(packet, length));
+    written += copied;
+    ended = scatter.chain().finish();
+  }
+  // Nothing of it can be used; a chain that holds nothing is no help to a packet that needs room.
+  [[nodiscard]] bool bad() const { return !complete || scatter.fault() != ChainFault::kNone || written == 0; }
+
+  Scatter<Queue> scatter;
+  std::array<std::byte*, sizeof(std::uint16_t)> buffers_field{};  ///< of the header
+  std::uint32_t written = 0;                                      ///< bytes, header included
+  std::uint32_t copied = 0;                                       ///< bytes of the packet
+  bool complete = true;                                           ///< the header is in, if this chain was to have it
+  bool ended = false;                                             ///< the chain has an end
 };
+
+// Before a receive chain is refused: as bad, or, with `all`, as one that does not hold the whole packet.
+template <class Queue>
+void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at, bool first, const std::byte* packet,
+                         std::uint32_t length, bool all) {
+  const std::uint64_t header = first ? pair.header_size : 0;
+  constexpr std::uint64_t kAny = ~std::uint64_t{0};
+  const ChainNeed need{.writable = true,
+                       .least = all ? header + length : std::max<std::uint64_t>(header, 1),
+                       .most = kAny,
+                       .look = header + length};
+  confirm_refusal(
+      [&] {
+        const Filled<Queue> again(pair, queue, at, first, packet, length);
+        return !again.ended || again.bad() || (all && again.copied < length);
+      },
+      [&] { return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need); });
+}
 
 enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEndless };
 
@@ -335,11 +443,12 @@ Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& 
   const auto give_back_empty = [&record, first_used] {
     for (std::uint32_t i = first_used; i < record.used_count; ++i) record.used[i].length = 0;
   };
-  std::byte* buffers_field[sizeof(std::uint16_t)] = {};
+  std::array<std::byte*, sizeof(std::uint16_t)> buffers_field{};
   std::uint32_t buffers = 0;
   std::uint32_t done = 0;
   do {
     if (buffers > 0 && !pair.mergeable) {
+      confirm_bad_receive(pair, queue, begin, true, packet, length, true);
       give_back_empty();
       return Placed::kTooLarge;
     }
@@ -352,33 +461,20 @@ Placed place(QueuePair& pair, const Queue& queue, const typename Queue::Supply& 
       at = begin;
       return first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom;
     }
-    Scatter scatter(*pair.memory, queue, at.position, at.slots);
-    std::uint32_t written = 0;
-    bool complete = true;  // the header is in
-    if (buffers == 0) {
-      // All fields zero: no offloads. num_buffers, the last two bytes of 12, is known only at the end.
-      static constexpr std::byte kHeader[kLongHeader] = {};
-      written = static_cast<std::uint32_t>(scatter.write(kHeader, std::min(pair.header_size, kBuffersAt)));
-      for (std::uint32_t i = kBuffersAt; i < pair.header_size && written == i; ++i) {
-        buffers_field[i - kBuffersAt] = scatter.position();
-        written += static_cast<std::uint32_t>(scatter.write(kHeader, 1));
-      }
-      complete = written == pair.header_size;
-    }
-    if (complete) {
-      const auto copied = static_cast<std::uint32_t>(scatter.write(packet + done, length - done));
-      done += copied;
-      written += copied;
-    }
-    auto& chain = scatter.chain();
-    if (!chain.finish()) {
+    Filled<Queue> filled(pair, queue, at, buffers == 0, packet + done, length - done);
+    if (!filled.ended || filled.bad()) [[unlikely]]
+      confirm_bad_receive(pair, queue, at, buffers == 0, packet + done, length - done, false);
+    if (buffers == 0) buffers_field = filled.buffers_field;
+    done += filled.copied;
+    if (!filled.ended) {
       record.used_count = first_used;
       at = begin;
       return Placed::kEndless;
     }
-    add_used(record, chain, written);
+    const auto& chain = filled.scatter.chain();
+    add_used(record, chain, filled.written);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
-    if (!complete || scatter.fault() != ChainFault::kNone || (written == 0 && done < length)) {
+    if (filled.bad()) {
       give_back_empty();
       return Placed::kBadChain;
     }
@@ -401,7 +497,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   XskPort& port = *pair.port;
   const auto supply = queue.supply(vring.next_avail, vring.next_used);
   Progress at{vring.next_avail};
-  if (!usable<Queue>(*pair.memory, supply, vring) || !supply.has(at.position, 0)) return 0;
+  if (!usable(*pair.memory, queue, supply, vring) || !supply.has(at.position, 0)) return 0;
   drain_completions(pair);
   const std::uint32_t producer = port.tx.producer();
   const std::uint32_t room = port.tx.size() - std::min(producer - port.tx.consumer(), port.tx.size());
@@ -428,6 +524,8 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
         drop ? 0 : gather(pair, chain, port.frame(address, port.description().frame_size), fault);
     TANDEM_PROBE_PACKET(port.frame(address, length), length);
     endless = !chain.finish();
+    if ((fault != ChainFault::kNone && !drop) || endless) [[unlikely]]
+      confirm_bad_transmit(pair, queue, at, frame);
     if (endless) break;
     add_used(record, chain, 0);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
@@ -445,14 +543,20 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     let_go(pair);
     return 0;
   }
-  record.producer_after = producer + record.frame_count;
+  const std::uint32_t producer_after = producer + record.frame_count;
+  const std::uint16_t used_after = queue.next(record.used_before, at.slots);
+  record.producer_after = producer_after;
   record.avail_after = at.position;
-  record.used_after = queue.next(record.used_before, at.slots);
+  record.used_after = used_after;
   pair.frame_hint = frames.hint();
+  check_staged(record, vring, record.used_count);
+  must_hold(record.producer_before == port.tx.producer() && record.used_count <= at.slots);
   if (drop) stage_drop(record, pair.state->transmit_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_transmit(pair, queue);
+  check_applied(vring, at.position, used_after);
+  must_hold(port.tx.producer() == producer_after);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
@@ -470,7 +574,7 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   const std::uint32_t waiting = std::min({port.rx.producer() - consumer, port.rx.size(), kBurstPackets});
   if (waiting == 0) return 0;
   const auto supply = queue.supply(vring.next_avail, vring.next_used);
-  if (!usable<Queue>(*pair.memory, supply, vring)) return 0;
+  if (!usable(*pair.memory, queue, supply, vring)) return 0;
   std::uint32_t starved = 0;
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kReceive, vring);
@@ -524,13 +628,19 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   record.consumer_before = consumer;
   record.consumer_after = consumer + taken;
   record.producer_before = port.fill.producer();
-  record.producer_after = record.producer_before + record.frame_count;
+  const std::uint32_t producer_after = record.producer_before + record.frame_count;
+  const std::uint16_t used_after = queue.next(record.used_before, at.slots);
+  record.producer_after = producer_after;
   record.avail_after = at.position;
-  record.used_after = queue.next(record.used_before, at.slots);
+  record.used_after = used_after;
+  check_staged(record, vring, taken);
+  must_hold(record.consumer_before == port.rx.consumer() && record.used_count <= at.slots);
   if (drop) stage_drop(record, pair.state->receive_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_receive(pair, queue);
+  check_applied(vring, at.position, used_after);
+  must_hold(port.rx.consumer() == consumer + taken && port.fill.producer() == producer_after);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
@@ -540,7 +650,7 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
 }
 
 // Whether a record fits what is found in segment and rings: each cursor as it was before the burst or as it is to be
-// after it.
+// after it, each ring with room for what the record says.
 template <class Queue>
 bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCursors& vring, const Queue& queue) {
   const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
@@ -558,11 +668,17 @@ bool record_fits(const QueuePair& pair, const RedoRecord& record, const VringCur
       !either(vring.next_used, record.used_before, record.used_after))
     return false;
   const bool transmit = record.kind == RedoKind::kTransmit;
-  const std::uint32_t producer = transmit ? pair.port->tx.producer() : pair.port->fill.producer();
-  if (!either(producer, record.producer_before, record.producer_after) ||
-      record.producer_after - record.producer_before != record.frame_count)
+  // The kernel's own indices: what stands in ours is about to be set, and an owner whose code was damaged may have set
+  // it to anything. If the kernel has gone by it, it took entries that nobody wrote.
+  const auto stands = [](std::uint32_t producer, std::uint32_t consumer, std::uint32_t size) {
+    return producer - consumer <= size;
+  };
+  const XskPort& port = *pair.port;
+  if (record.producer_after - record.producer_before != record.frame_count ||
+      !(transmit ? stands(record.producer_after, port.tx.consumer(), port.tx.size())
+                 : stands(record.producer_after, port.fill.consumer(), port.fill.size())) ||
+      (!transmit && !stands(port.rx.producer(), record.consumer_after, port.rx.size())))
     return false;
-  if (!transmit && !either(pair.port->rx.consumer(), record.consumer_before, record.consumer_after)) return false;
   return std::all_of(record.frames, record.frames + record.frame_count, [&](const RedoFrame& frame) {
     return transmit ? pair.port->transmit_frame(frame.address) < kTransmitFrames &&
                           pair.port->frame(frame.address, frame.length) != nullptr
@@ -586,6 +702,24 @@ void drain_completions(QueuePair& pair) {
   TANDEM_PROBE(kCompletionCleared);
   // Busy bits first: if we die here, the same completions are read again, and clearing twice is clearing once.
   port.completion.consume(consumer + count);
+}
+
+bool frames_add_up(const QueuePair& pair) {
+  const XskPort& port = *pair.port;
+  // Both indices count from the socket's beginning, and every frame that is posted comes back once.
+  const std::uint32_t posted = port.tx.producer() - port.completion.consumer();
+  const std::uint32_t words = port.description().tx_frames / 64;
+  std::uint32_t busy = 0;
+  for (std::uint32_t i = 0; i < words; ++i)
+    busy += static_cast<std::uint32_t>(std::popcount(pair.state->transmit_busy[i]));
+  return busy == posted;
+}
+
+void settle(QueuePair& pair, std::uint64_t now_ns) {
+  drain_completions(pair);
+  const bool all_back = pair.port->completion.consumer() == pair.port->tx.producer();
+  if (all_back) std::fill_n(pair.state->transmit_busy, std::size(pair.state->transmit_busy), 0);
+  if (all_back || now_ns >= pair.settling_until_ns) pair.settling_until_ns = 0;
 }
 
 std::uint32_t transmit_burst(QueuePair& pair) {

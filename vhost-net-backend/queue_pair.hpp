@@ -49,14 +49,18 @@ struct QueuePair {
   BoundQueue receive, transmit;
   std::uint32_t frame_hint = 0;   ///< where to look first for a free transmit frame; private, any value will do
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
-  bool receive_starved = false;   ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
+  /// CLOCK_MONOTONIC ns; not 0: the bitmap of busy frames is damaged, nothing is sent until the kernel has given all
+  /// back, or until then.
+  std::uint64_t settling_until_ns = 0;
+  bool receive_starved = false;  ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
   std::uint16_t starved_avail = 0;  ///< the position from which on there were none
   std::uint64_t cursor = 0;         ///< PacketCursor::word() of this thread and queue pair, without phase and position
   bool has_suspects = false;        ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;
 
   [[nodiscard]] bool can_transmit() const {
-    return transmit.queue.bound() && state->transmit.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
+    return transmit.queue.bound() && settling_until_ns == 0 &&
+           state->transmit.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
   }
   [[nodiscard]] bool can_receive() const {
     return receive.queue.bound() && state->receive.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
@@ -70,6 +74,12 @@ std::uint32_t receive_burst(QueuePair& pair);
 
 /// Frees transmit frames that the kernel has completed. Never between arm and disarm.
 void drain_completions(QueuePair& pair);
+
+/// Whether as many frames are marked busy as the kernel has not given back. Only while the record is empty.
+bool frames_add_up(const QueuePair& pair);
+/// Ends the settling of a pair whose frames did not add up: once the kernel has none left, or at `now_ns` if that is
+/// too late; what it then still has is left to it.
+void settle(QueuePair& pair, std::uint64_t now_ns);
 
 /// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had
 /// told them.

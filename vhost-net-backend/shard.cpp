@@ -173,13 +173,13 @@ void Shard::put_in_force(std::uint32_t device) {
         cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
         cursors.next_used = bound.queue.first_used(newest->description().vrings[vring].base);
         cursors.fault.store(QueueFault::kNone, std::memory_order_relaxed);
+        copy_positions(cursors, (position_word(cursors) & 0xffff'ffffu) | std::uint64_t{bound.start_count} << 32);
         std::atomic_ref<std::uint32_t>(cursors.start_count).store(bound.start_count, std::memory_order_release);
       }
     }
     served.in_force = newest;
     rebuild_pairs();
-    // Release: whoever reads N knows that nothing is written under N-1 any more.
-    for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
+    note_in_force(served, generation);
     // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many
     // is harmless.
     for (QueuePair& pair : pairs_)
@@ -293,7 +293,7 @@ void Shard::wait_as_heir() {
     // Looked at before every sleep: a wake-up is a hint, the slot decides. Before it is armed nobody may own.
     const std::uint64_t word = state().owner.load(std::memory_order_acquire);
     int period = kHeirPeriodMs;
-    if (tag_ != 0 && config_.fence->dead(owner_tag(word))) {
+    if (tag_ != 0 && config_.fence->dead(owner_of(word))) {
       if (!left_to_another(word) && holds_what_is_in_force()) return;
       // What the dead owner put in force last is on its way to us; without it its record could not be replayed. Or we
       // let go ourselves, and the heir that asked is on its way.
@@ -479,6 +479,8 @@ bool Shard::poll_once() {
     const bool suspects = pair.has_suspects;
     if (suspects) [[unlikely]]
       look_at_suspects(pair);
+    if (pair.settling_until_ns != 0) [[unlikely]]
+      settle(pair, monotonic_ns());
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
     bool moved = false;
     if (pair.can_transmit()) moved |= transmit_burst(pair) != 0;
@@ -544,7 +546,7 @@ void Shard::sleep() {
   int timeout = kick_fd_missing_ ? kShortSleepMs : -1;
   bool work = false;
   for (std::size_t i = 0; i < pairs_.size(); ++i) {
-    if (pairs_[i].transmit_pending) timeout = kShortSleepMs;
+    if (pairs_[i].transmit_pending || pairs_[i].settling_until_ns != 0) timeout = kShortSleepMs;
     // A starved receive queue waits for the guest: its socket stays readable and would keep us awake.
     arm_receive_event(i, pairs_[i].can_receive() && !pairs_[i].receive_starved);
     work = work || has_work(pairs_[i]);

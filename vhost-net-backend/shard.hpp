@@ -93,6 +93,7 @@ using ShardEvent = std::variant<HeldEvent, InForceEvent, DetachedEvent, TookOver
 
 struct ShardConfig {
   std::uint32_t index = 0;
+  std::uint32_t shards = 1;    ///< of the pair; a private copy, for the segment's own may be damaged
   Segment* segment = nullptr;  ///< mapped by the caller for the shard's whole life
   const FenceView* fence = nullptr;
   Polling polling = Polling::kAdaptive;
@@ -139,7 +140,7 @@ class Shard {
   void execute(DrillCommand& command);
   void execute(StopCommand& command);
   bool serves(std::uint32_t queue_pair) const {
-    return queue_pair < kMaxQueuePairs && queue_pair % config_.segment->shard_count == config_.index;
+    return queue_pair < kMaxQueuePairs && queue_pair % config_.shards == config_.index;
   }
   // The states of this shard's queue pairs of a device that has an uplink.
   template <class Visitor>
@@ -149,6 +150,7 @@ class Shard {
         visit(config_.segment->queue_pairs[served.uplink->first_queue_pair + n]);
   }
   void put_in_force(std::uint32_t device);
+  void note_in_force(const Served& served, std::uint64_t generation);
   void rebuild_pairs();
   void prune(Served& served, std::uint64_t below);
 
@@ -173,6 +175,7 @@ class Shard {
 
   // takeover.cpp
   bool take_over();
+  [[nodiscard]] std::uint32_t owner_of(std::uint64_t word);
   void note_handover(TakeoverTimeline& timeline);
   void adopt_generations();
   std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);

@@ -17,21 +17,53 @@
 
 namespace tandem {
 
+namespace {
+
+// Frames that a dead owner's bitmap and the kernel disagree about come back within this time, or never.
+constexpr std::uint64_t kSettleLimitNs = 100'000'000;
+
+// What may have been hit by a wild store and can be known otherwise. A stop of which the cause lasts is found again.
+void mend(QueuePairState& pair) {
+  for (VringCursors* cursors : {&pair.receive, &pair.transmit}) {
+    repair_positions(*cursors);
+    if (cursors->fault.load(std::memory_order_relaxed) != QueueFault::kRecordInvalid)
+      cursors->fault.store(QueueFault::kNone, std::memory_order_relaxed);
+  }
+}
+
+}  // namespace
+
+// Whom the owner word names. If its copy names somebody else in the same epoch, a wild store hit one of the two: then
+// it is the one that an heir knows, for there are no more than two members. Nobody, or a tag that does not die, if that
+// does not tell either: better no owner than two.
+std::uint32_t Shard::owner_of(std::uint64_t word) {
+  const std::uint32_t tag = owner_tag(word);
+  const std::uint64_t copy = ~state().owner_inverted.load(std::memory_order_acquire);
+  if (copy == word || owner_epoch(copy) != owner_epoch(word)) return tag;
+  const auto known = [this](std::uint32_t one) {
+    return one == tag_ || (watchdog_ != nullptr && one == watchdog_->tag());
+  };
+  if (known(tag) != known(owner_tag(copy))) return known(tag) ? tag : owner_tag(copy);
+  return config_.fence->dead(tag) && !config_.fence->dead(owner_tag(copy)) ? owner_tag(copy) : tag;
+}
+
 bool Shard::take_over() {
   ShardState& shard = state();
   const std::uint64_t awake = monotonic_ns();
   std::uint64_t word = shard.owner.load(std::memory_order_acquire);
-  if (!config_.fence->dead(owner_tag(word))) return false;
+  const std::uint32_t owner = owner_of(word);
+  if (!config_.fence->dead(owner)) return false;
   const std::uint64_t found = word;
   epoch_ = owner_epoch(found) + 1;
   if (!shard.owner.compare_exchange_strong(word, owner_word(epoch_, tag_), std::memory_order_acq_rel)) return false;
+  shard.owner_inverted.store(~owner_word(epoch_, tag_), std::memory_order_release);
   TANDEM_PROBE(kTakeoverEpoch);
   owner_ = real_time_ = true;
-  const bool let_go = owner_tag(found) == 0 && owner_epoch(found) != 0;
+  const bool let_go = owner == 0 && owner_epoch(found) != 0;
   if (!let_go) watchdog_.reset();
 
   TakeoverTimeline timeline{};
-  timeline.previous_tag = owner_tag(found);
+  timeline.previous_tag = owner;
   timeline.tag = tag_;
   timeline.epoch = epoch_;
   timeline.awake_ns = awake;
@@ -59,6 +91,10 @@ bool Shard::take_over() {
                                  {static_cast<std::uint32_t>(timeline.previous_tag), timeline.verdict});
   adopt_generations();
   replay_record(timeline);
+  for (QueuePair& pair : pairs_) {
+    drain_completions(pair);
+    if (!frames_add_up(pair)) pair.settling_until_ns = monotonic_ns() + kSettleLimitNs;
+  }
   TANDEM_PROBE(kTakeoverReplayed);
   timeline.replayed_ns = monotonic_ns();
   timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
@@ -91,13 +127,23 @@ void Shard::note_handover(TakeoverTimeline& timeline) {
 std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::uint64_t& generation) {
   // An owner who died while it put a generation in force leaves some queue pairs at the old one; by then it had set all
   // cursors for the new one and had moved no packet since, so the newest stands for all.
+  std::shared_ptr<const Device> newest;
   generation = 0;
+  const auto consider = [&](std::uint64_t candidate) {
+    const auto found = std::find_if(served.held.begin(), served.held.end(),
+                                    [&](const auto& held) { return held->description().generation == candidate; });
+    if (found != served.held.end() && (!newest || candidate > newest->description().generation)) newest = *found;
+  };
   for_each_pair(served, [&](QueuePairState& pair) {
-    generation = std::max(generation, pair.generation.load(std::memory_order_acquire));
+    const std::uint64_t found = pair.generation.load(std::memory_order_acquire);
+    generation = std::max(generation, found);
+    consider(found);
+    // An heir holds what is in force (or it is on its way): a word that names something else was hit by a wild store.
+    if (const std::uint64_t copy = ~pair.generation_inverted.load(std::memory_order_relaxed); copy != found)
+      consider(copy);
   });
-  const auto found = std::find_if(served.held.begin(), served.held.end(),
-                                  [&](const auto& held) { return held->description().generation == generation; });
-  return found == served.held.end() ? nullptr : *found;
+  if (newest) generation = newest->description().generation;
+  return newest;
 }
 
 // Binds every device under the generation that its queue pairs were served with.
@@ -114,9 +160,18 @@ void Shard::adopt_generations() {
       continue;
     }
     served.in_force = device_in_force;
-    for_each_pair(served, [&](QueuePairState& pair) { pair.generation.store(generation, std::memory_order_release); });
+    note_in_force(served, generation);
+    for_each_pair(served, mend);
   }
   rebuild_pairs();
+}
+
+// Release: whoever reads it knows that nothing is written under an older generation any more.
+void Shard::note_in_force(const Served& served, std::uint64_t generation) {
+  for_each_pair(served, [&](QueuePairState& pair) {
+    pair.generation_inverted.store(~generation, std::memory_order_relaxed);
+    pair.generation.store(generation, std::memory_order_release);
+  });
 }
 
 void Shard::replay_record(TakeoverTimeline& timeline) {

@@ -20,7 +20,7 @@
 namespace tandem {
 
 inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
-inline constexpr std::uint32_t kSegmentVersion = 2;
+inline constexpr std::uint32_t kSegmentVersion = 3;
 inline constexpr std::uint32_t kMaxShards = 8;
 inline constexpr std::uint32_t kMaxDevices = 64;
 inline constexpr std::uint32_t kMaxQueuePairs = 256;
@@ -50,6 +50,8 @@ struct alignas(64) VringCursors {
   /// Receive: kStarvedMark | the position from which on the guest had no buffers when packets waited; 0 otherwise.
   std::uint32_t starved;
   std::uint64_t overflow;  ///< reserved for uplinks that count it in user space
+  /// position_word() twice more, the second time inverted. Of three, two outvote one that a wild store hit.
+  std::uint64_t copies[2];
 };
 
 struct alignas(64) QueuePairState {
@@ -59,7 +61,8 @@ struct alignas(64) QueuePairState {
   Suspicion receive_suspicion, transmit_suspicion;
   std::atomic<std::uint64_t> record_suspect;  ///< Suspect::word() of a record that kills whoever applies it
   std::atomic<std::uint64_t> kills;           ///< owners that died, by their own fault, on what came through this pair
-  std::uint64_t reserved;
+  /// ~generation, stored before it: where the two differ, the one whose description is held is right.
+  std::atomic<std::uint64_t> generation_inverted;
   VringCursors receive, transmit;
   std::uint64_t transmit_busy[kTransmitFrames / 64];  ///< UMEM frames handed to the kernel and not yet completed
 };
@@ -128,7 +131,9 @@ struct alignas(64) ShardState {
   Handover handover;
   /// Written by the heir, at least every 100 ms: CLOCK_MONOTONIC ns when it last looked for its owner.
   std::atomic<std::uint64_t> heir_beat_ns;
-  std::uint64_t reserved0;
+  /// ~owner. Stored after a takeover and before a letting go, so that within one epoch the two differ only in the
+  /// moment of a letting go, or where a wild store hit one of them.
+  std::atomic<std::uint64_t> owner_inverted;
   /// Written by the supervisor: how long an owner may stand still, in ns (the smallest limits of the NICs it serves).
   alignas(64) std::atomic<std::uint64_t> spin_limit_ns;
   std::atomic<std::uint64_t> blocked_limit_ns;
@@ -156,6 +161,29 @@ struct Segment {
 /// What a front end calls the base of a ring with these cursors (vhost-user: GET_VRING_BASE).
 constexpr std::uint32_t vring_base(const VringCursors& cursors, bool packed) {
   return packed ? std::uint32_t{cursors.next_used} << 16 | cursors.next_avail : cursors.next_avail;
+}
+
+/// What the copies in VringCursors are copies of.
+constexpr std::uint64_t position_word(const VringCursors& cursors) {
+  return std::uint64_t{cursors.next_avail} | std::uint64_t{cursors.next_used} << 16 |
+         std::uint64_t{cursors.start_count} << 32;
+}
+constexpr void copy_positions(VringCursors& cursors, std::uint64_t word) {
+  cursors.copies[0] = word;
+  cursors.copies[1] = ~word;
+}
+
+/// By an heir, before it uses cursors of a dead owner. A fresh line of zeroes is whole. Three different words are left
+/// alone: such an owner died while it set the cursors for a new start, which start_count tells.
+inline void repair_positions(VringCursors& cursors) {
+  const std::uint64_t copy = cursors.copies[0];
+  if (copy != position_word(cursors) && copy == ~cursors.copies[1]) {
+    cursors.next_avail = static_cast<std::uint16_t>(copy);
+    cursors.next_used = static_cast<std::uint16_t>(copy >> 16);
+    cursors.start_count = static_cast<std::uint32_t>(copy >> 32);
+  } else if (copy == position_word(cursors) || ~cursors.copies[1] == position_word(cursors)) {
+    copy_positions(cursors, position_word(cursors));
+  }
 }
 
 constexpr std::uint64_t owner_word(std::uint32_t epoch, std::uint32_t tag) { return std::uint64_t{epoch} << 32 | tag; }

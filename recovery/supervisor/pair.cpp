@@ -205,6 +205,14 @@ Pair::~Pair() {
   for (const Member& member : members_) member.kill();
 }
 
+// Again for every new member, which would refuse one that a wild store has damaged.
+void Pair::write_header() {
+  segment_->magic = kSegmentMagic;
+  segment_->version = kSegmentVersion;
+  segment_->shard_count = config_.shards;
+  segment_->size = sizeof(Segment);
+}
+
 Status Pair::make_segment() {
   segment_fd_ = UniqueFd{::memfd_create("tandem-pair", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
   if (!segment_fd_ || ::ftruncate(segment_fd_.get(), sizeof(Segment)) != 0 ||
@@ -214,10 +222,7 @@ Status Pair::make_segment() {
   if (!mapping) return tl::make_unexpected(std::move(mapping.error()));
   segment_mapping_ = std::move(*mapping);
   segment_ = reinterpret_cast<Segment*>(segment_mapping_.data());
-  segment_->magic = kSegmentMagic;
-  segment_->version = kSegmentVersion;
-  segment_->shard_count = config_.shards;
-  segment_->size = sizeof(Segment);
+  write_header();
   for (std::uint32_t i = 0; i < config_.shards; ++i) {
     timers_.emplace_back(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
     bells_.emplace_back(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -325,6 +330,7 @@ void Pair::spawn_soon() {
 }
 
 void Pair::spawn() {
+  write_header();
   respawn_.reset();
   auto spawned = Member::spawn(config_, backend_path_, hugepages_);
   if (!spawned) {

@@ -155,6 +155,7 @@ class Pair {
   Pair(std::string name, const Config& config, std::string backend_path, EventLoop& loop, Fence& fence, TagSource& tags,
        Listener& listener);
   Status make_segment();
+  void write_header();
   void step(PairEvent event);
   void spawn_soon();
   void spawn();

@@ -101,6 +101,7 @@ EngineWorld::EngineWorld(const WorldShape& shape) : shape_(shape), xsk_(describe
     const auto* end = reinterpret_cast<std::byte*>(&shard.handover.requested_ns);
     auto* begin = reinterpret_cast<std::byte*>(&shard.owner);
     parts_.emplace_back(begin, static_cast<std::size_t>(end - begin));
+    parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.owner_inverted), sizeof shard.owner_inverted);
     parts_.emplace_back(reinterpret_cast<std::byte*>(&shard.record), sizeof shard.record);
   }
   parts_.emplace_back(reinterpret_cast<std::byte*>(&state()), shape.queue_pairs * sizeof(QueuePairState));
@@ -196,6 +197,7 @@ ShardStepper::ShardStepper(Segment& segment, const FenceView& fence, std::uint32
     : tag_(tag) {
   ShardConfig config;
   config.index = index;
+  config.shards = std::max(segment.shard_count, 1u);
   config.segment = &segment;
   config.fence = &fence;
   config.tsc_hz = 1'000'000'000;

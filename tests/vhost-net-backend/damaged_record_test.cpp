@@ -181,12 +181,18 @@ std::vector<Lie> lies(bool receive) {
        [](EngineWorld& w, RedoRecord& r) { r.frames[0].address = w.kernels[0].description().umem_size + 512; }},
       {"frame at the top of the address space",
        [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~std::uint64_t{511}; }},
-      {"cursor of the segment elsewhere",
+      {"cursors of the segment elsewhere",
        [receive](EngineWorld& w, RedoRecord&) {
-         (receive ? w.state().receive : w.state().transmit).next_avail = 4242;
+         VringCursors& cursors = receive ? w.state().receive : w.state().transmit;
+         cursors.next_avail = 4242;
+         copy_positions(cursors, position_word(cursors));
        }},
-      {"used cursor of the segment elsewhere",
-       [receive](EngineWorld& w, RedoRecord&) { (receive ? w.state().receive : w.state().transmit).next_used = 4242; }},
+      {"used cursors of the segment elsewhere",
+       [receive](EngineWorld& w, RedoRecord&) {
+         VringCursors& cursors = receive ? w.state().receive : w.state().transmit;
+         cursors.next_used = 4242;
+         copy_positions(cursors, position_word(cursors));
+       }},
   };
   if (receive)
     all.push_back({"consumer elsewhere", [](EngineWorld&, RedoRecord& r) {

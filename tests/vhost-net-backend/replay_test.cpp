@@ -128,7 +128,9 @@ TEST_CASE("a world without deaths passes the judge, and the judge can fail") {
     require_clean(take_over_and_judge(stage.world, heir, stage.flows));
   }
   Stage stage(scenarios()[0]);
-  ++stage.world.state().transmit.next_avail;
+  VringCursors& cursors = stage.world.state().transmit;
+  ++cursors.next_avail;
+  copy_positions(cursors, position_word(cursors));
   stage.flows.send(stage.world, 4, 4);
   ShardStepper heir = stage.heir(2);
   CHECK(take_over_and_judge(stage.world, heir, stage.flows).tally.lost == 1);

@@ -32,6 +32,7 @@ class RunningShard {
   RunningShard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag, Polling polling, int bell = -1)
       : tag_(tag) {
     ShardConfig config;
+    config.shards = std::max(world.segment().shard_count, 1u);
     config.segment = &world.segment();
     config.fence = &fence.view();
     config.polling = polling;
