@@ -56,7 +56,7 @@ class Change(Stage):
 
         def kill():
             while not ended.is_set() and not moment(before, self.nic()):
-                pass
+                time.sleep(0.001)
             in_time = not ended.is_set()
             os.kill(victim, signal.SIGKILL)
             killed.append(in_time)
