@@ -62,6 +62,14 @@ void PackedQueue::write_used(std::span<const RedoUsed> used, std::uint16_t befor
   }
 }
 
+bool PackedQueue::used_stands(std::span<const RedoUsed> used, std::uint16_t before) const {
+  for (std::size_t i = 0; i + 1 < used.size(); ++i) {
+    before = next(before, used[i].slots);
+    if (word(before).load(std::memory_order_relaxed) != used_word(used[i + 1], before)) return false;
+  }
+  return true;
+}
+
 void PackedQueue::publish_used(std::span<const RedoUsed> used, std::uint16_t before, std::uint16_t) const {
   if (used.empty()) return;
   // Release: payload and the other slots first.

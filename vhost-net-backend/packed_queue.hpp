@@ -103,6 +103,8 @@ class PackedQueue {
   /// made any of these slots available anew.
   void write_used(std::span<const RedoUsed> used, std::uint16_t before) const;
   void publish_used(std::span<const RedoUsed> used, std::uint16_t before, std::uint16_t after) const;
+  /// Whether what write_used() wrote stands where it belongs; the driver may have overwritten it.
+  [[nodiscard]] bool used_stands(std::span<const RedoUsed> used, std::uint16_t before) const;
   /// Whether a burst that gives back from `before` on has been published. Until it has been, the driver's descriptor
   /// stands there, whose USED bit differs from the wrap counter. Published, the bit equals it, and does so too once the
   /// driver has made the slot available in the next round; further it cannot go, for no one gives back more.

@@ -120,17 +120,37 @@ std::span<const RedoUsed> used_of(const Record& record) {
   return {record.used, record.used_count};
 }
 
+bool leaves_a_guest(const RedoRecord& record) { return record.kind != RedoKind::kReceive; }
+bool leaves_a_guest(const RedoDestination&) { return false; }
+
+// Gives the record's chains back. The elements are looked at before they are published: in the guest's memory, so that
+// one that differs is the guest's doing, or ours. Ours differs every time.
+template <class Record, class Queue>
+void give_back(const Record& record, const Queue& queue) {
+  const WindowOpen window;
+  queue.write_used(used_of(record), record.used_before);
+  if (leaves_a_guest(record))
+    TANDEM_PROBE(kSourceWritten);
+  else
+    TANDEM_PROBE(kDestinationWritten);
+  look_again();
+  if (kProtected && !queue.used_stands(used_of(record), record.used_before)) [[unlikely]]
+    confirm_refusal(
+        [&] {
+          queue.write_used(used_of(record), record.used_before);
+          look_again();
+          return !queue.used_stands(used_of(record), record.used_before);
+        },
+        [] { return true; });
+  queue.publish_used(used_of(record), record.used_before, record.used_after);
+}
+
 // The half that transmits and forwards share: the chains go back to the guest that sent.
 template <class Queue>
 void apply_departure(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   // A replay may find them given back: then the guest may have taken them and reused the same slots.
-  if (!queue.is_published(record.used_before)) {
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kSourceWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
+  if (!queue.is_published(record.used_before)) give_back(record, queue);
   TANDEM_PROBE(kSourcePublished);
   apply_cursors(record, pair.state->transmit);
 }
@@ -162,12 +182,7 @@ template <class Queue>
 void apply_receive(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
   XskPort& port = *pair.port;
-  if (!queue.is_published(record.used_before)) {  // as in apply_departure()
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kDestinationWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
+  if (!queue.is_published(record.used_before)) give_back(record, queue);  // as in apply_departure()
   TANDEM_PROBE(kDestinationPublished);
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
     port.fill.at(record.producer_before + i) = record.frames[i].address;
@@ -185,12 +200,7 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
 // The other half of a forward; apply_departure() follows it.
 template <class Queue>
 void apply_delivery(const RedoDestination& record, QueuePair& to, const Queue& queue) {
-  if (record.used_count != 0 && !queue.is_published(record.used_before)) {
-    const WindowOpen window;
-    queue.write_used(used_of(record), record.used_before);
-    TANDEM_PROBE(kDestinationWritten);
-    queue.publish_used(used_of(record), record.used_before, record.used_after);
-  }
+  if (record.used_count != 0 && !queue.is_published(record.used_before)) give_back(record, queue);
   TANDEM_PROBE(kDestinationPublished);
   to.state->receive.overflow = record.overflow_after;
   apply_cursors(record, to.state->receive);
@@ -853,8 +863,10 @@ class Forward {
 // to be after it. `record`: a RedoRecord, or the RedoDestination in it.
 template <class Record, class Queue>
 bool cursors_fit(const Record& record, const VringCursors& vring, const Queue& queue) {
-  const auto either = [](std::uint32_t found, std::uint32_t before, std::uint32_t after) {
-    return found == before || found == after;
+  const auto at_rest = [&record](std::uint64_t word) {
+    const auto avail = static_cast<std::uint16_t>(word), used = static_cast<std::uint16_t>(word >> 16);
+    return (avail == record.avail_before || avail == record.avail_after) &&
+           (used == record.used_before || used == record.used_after);
   };
   std::uint32_t slots = 0;
   for (const RedoUsed& used : used_of(record)) {
@@ -865,8 +877,7 @@ bool cursors_fit(const Record& record, const VringCursors& vring, const Queue& q
       !queue.is_position(record.used_before) || queue.next(record.avail_before, slots) != record.avail_after ||
       queue.next(record.used_before, slots) != record.used_after)
     return false;
-  return either(vring.next_avail, record.avail_before, record.avail_after) &&
-         either(vring.next_used, record.used_before, record.used_after);
+  return at_rest(position_word(vring)) || at_rest(vring.copies[0]) || at_rest(~vring.copies[1]);
 }
 
 // The same for a record of packets from or to an uplink, and for each ring room for what the record says.

@@ -11,6 +11,7 @@
 #define VIRTIO_RING_NO_LEGACY
 #include <linux/virtio_ring.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstdint>
@@ -93,6 +94,13 @@ class SplitQueue {
       element.id = entry.id;
       element.len = entry.length;
     }
+  }
+  /// Whether the elements stand where write_used() puts them; the driver may have overwritten them.
+  [[nodiscard]] bool used_stands(std::span<const RedoUsed> used, std::uint16_t before) const {
+    return std::all_of(used.begin(), used.end(), [&](const RedoUsed& entry) {
+      const vring_used_elem& element = used_view_->ring[before++ & mask_];
+      return element.id == entry.id && element.len == entry.length;
+    });
   }
   void publish_used(std::span<const RedoUsed>, std::uint16_t, std::uint16_t after) const {
     // Release: payload and elements first.

@@ -10,6 +10,8 @@
 #include <rte_cycles.h>
 
 #include <algorithm>
+#include <span>
+#include <vector>
 
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
@@ -23,9 +25,10 @@ namespace {
 constexpr std::uint64_t kSettleLimitNs = 100'000'000;
 
 // What may have been hit by a wild store and can be known otherwise. A stop of which the cause lasts is found again.
-void mend(QueuePairState& pair) {
+void mend(QueuePairState& pair, std::span<const VringCursors* const> in_record) {
   for (VringCursors* cursors : {&pair.receive, &pair.transmit}) {
-    repair_positions(*cursors);
+    // An owner that died in the middle of applying its record left them in between; the record says more than they do.
+    if (std::find(in_record.begin(), in_record.end(), cursors) == in_record.end()) repair_positions(*cursors);
     if (cursors->fault.load(std::memory_order_relaxed) != QueueFault::kRecordInvalid)
       cursors->fault.store(QueueFault::kNone, std::memory_order_relaxed);
   }
@@ -148,6 +151,14 @@ std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::ui
 
 // Binds every device under the generation that its queue pairs were served with.
 void Shard::adopt_generations() {
+  const RedoRecord& record = state().record;
+  std::vector<const VringCursors*> in_record;
+  if (record_is_valid(record)) {
+    const auto* pairs = config_.segment->queue_pairs;
+    in_record.push_back(record.kind == RedoKind::kReceive ? &pairs[record.queue_pair].receive
+                                                          : &pairs[record.queue_pair].transmit);
+    if (record.kind == RedoKind::kForward) in_record.push_back(&pairs[record.destination.queue_pair].receive);
+  }
   for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
     Served& served = devices_[device];
     if (!served.uplink) continue;
@@ -161,7 +172,7 @@ void Shard::adopt_generations() {
     }
     served.in_force = device_in_force;
     note_in_force(served, generation);
-    for_each_pair(served, mend);
+    for_each_pair(served, [&in_record](QueuePairState& pair) { mend(pair, in_record); });
   }
   rebuild_pairs();
 }

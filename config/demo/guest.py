@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's guest: its files, its domain XML, its life under libvirt."""
+"""The demo's guest: its files, its domain XML, its life under libvirt. Tests give it another shape, or a neighbour."""
+import dataclasses
 import os
 
 from host import FILES, GUEST_ADDRESS, NAME, DemoError, has_virtualization, run
@@ -7,17 +8,33 @@ from host import FILES, GUEST_ADDRESS, NAME, DemoError, has_virtualization, run
 MAC = "52:54:00:7a:6d:01"
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What tells one guest from another; the demo's is the default."""
+    name: str = NAME
+    mac: str = MAC
+    address: str = GUEST_ADDRESS
+    growing: bool = False  # memory can be plugged in while it runs
+    kernel_words: str = ""
+
+    @property
+    def console(self):
+        return os.path.join(FILES, "console.log" if self.name == NAME else f"{self.name}.log")
+
+
 METADATA = f"""<metadata>
     <tandem:domain xmlns:tandem="urn:tandem:domain:1">
-      <tandem:nic mac="{MAC}" pair="default">
+      <tandem:nic mac="@MAC@" pair="default">
         <tandem:uplink bridge="{NAME}"/>
       </tandem:nic>
     </tandem:domain>
   </metadata>"""
 
-TANDEM_NIC = f"""<interface type='vhostuser'>
-      <mac address='{MAC}'/>
-      <source type='unix' path='/run/tandem/nic/{MAC.replace(":", "-")}.sock' mode='client'>
+TANDEM_NIC = """<interface type='vhostuser'>
+      <mac address='@MAC@'/>
+      <source type='unix' path='/run/tandem/nic/@SOCKET@.sock' mode='client'>
         <reconnect enabled='yes' timeout='1'/>
       </source>
       <model type='virtio'/>
@@ -27,11 +44,15 @@ TANDEM_NIC = f"""<interface type='vhostuser'>
 
 # The control: the same guest and traffic through an ordinary bridge port of QEMU.
 PLAIN_NIC = f"""<interface type='bridge'>
-      <mac address='{MAC}'/>
+      <mac address='@MAC@'/>
       <source bridge='{NAME}'/>
       <model type='virtio'/>
       <driver name='qemu' queues='2'/>
     </interface>"""
+
+# Room for memory to be plugged in; libvirt then wants the memory in NUMA cells.
+GROWTH = "<maxMemory slots='4' unit='MiB'>1024</maxMemory>"
+CELL = "<numa><cell id='0' cpus='0' memory='256' unit='MiB' memAccess='shared'/></numa>"
 
 # QEMU 7.2 without KVM crashes when a vhost-user device uses MSI-X (msix_set_vector_notifiers).
 NO_VECTORS = """<qemu:override>
@@ -47,18 +68,29 @@ def virsh(*words, check=True):
     return run("virsh", "-c", "qemu:///system", "-q", *words, check=check)
 
 
-def domain_xml(plain, packed):
+def _cpu(shape, accelerated):
+    mode = " mode='host-passthrough'" if accelerated else ""
+    cell = CELL if shape.growing else ""
+    return f"<cpu{mode}>{cell}</cpu>" if mode or cell else ""
+
+
+def domain_xml(plain, packed, shape=Shape()):
     accelerated = has_virtualization()
     with open(os.path.join(HERE, "domain.xml.in"), encoding="utf-8") as file:
         text = file.read()
-    for name, value in {
-            "TYPE": "kvm" if accelerated else "qemu",
-            "CPU": "<cpu mode='host-passthrough'/>" if accelerated else "",
-            "NAME": NAME,
-            "FILES": FILES,
-            "ADDRESS": f"{GUEST_ADDRESS}/24",
+    for name, value in {  # those that contain others first
             "METADATA": "" if plain else METADATA,
             "INTERFACE": PLAIN_NIC if plain else TANDEM_NIC,
+            "TYPE": "kvm" if accelerated else "qemu",
+            "CPU": _cpu(shape, accelerated),
+            "GROWTH": GROWTH if shape.growing else "",
+            "NAME": shape.name,
+            "FILES": FILES,
+            "CONSOLE": shape.console,
+            "ADDRESS": f"{shape.address}/24",
+            "KERNEL_WORDS": shape.kernel_words,
+            "MAC": shape.mac,
+            "SOCKET": shape.mac.replace(":", "-"),
             "PACKED": " packed='on'" if packed else "",
             "OVERRIDE": "" if plain or accelerated else NO_VECTORS,
     }.items():
@@ -72,35 +104,26 @@ def build_files(root, traffic):
     os.chmod(FILES, 0o755)
 
 
-def remove_old_one():
+def remove_old_one(shape):
     """A definition that outlived its demo, for instance a reboot of this host in the middle of one."""
-    old = virsh("dumpxml", NAME, check=False)
+    old = virsh("dumpxml", shape.name, check=False)
     if old.returncode != 0:
         return
-    if MAC not in old.stdout:
-        raise DemoError(f"There is a domain named {NAME} that is not the demo's. Rename or undefine it.")
-    virsh("destroy", NAME, check=False)
-    virsh("undefine", NAME)
+    if shape.mac not in old.stdout:
+        raise DemoError(f"There is a domain named {shape.name} that is not the demo's. Rename or undefine it.")
+    virsh("destroy", shape.name, check=False)
+    virsh("undefine", shape.name)
 
 
-def start(journal, plain, packed=False):
-    path = os.path.join(FILES, "domain.xml")
+def start(journal, plain, packed=False, shape=Shape()):
+    path = os.path.join(FILES, f"{shape.name}.xml")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(domain_xml(plain, packed))
-    console = os.path.join(FILES, "console.log")
-    if os.path.exists(console):
-        os.unlink(console)
-    remove_old_one()
-    journal.note("domain", name=NAME)
+        file.write(domain_xml(plain, packed, shape))
+    if os.path.exists(shape.console):
+        os.unlink(shape.console)
+    remove_old_one(shape)
+    journal.note("domain", name=shape.name)
     virsh("define", path)
-    done = virsh("start", NAME, check=False)
+    done = virsh("start", shape.name, check=False)
     if done.returncode != 0:
-        raise DemoError(f"virsh start {NAME}: {done.stderr.strip()}")
-
-
-def console_tail(lines=15):
-    try:
-        with open(os.path.join(FILES, "console.log"), encoding="utf-8", errors="replace") as file:
-            return "".join(file.readlines()[-lines:])
-    except OSError:
-        return ""
+        raise DemoError(f"virsh start {shape.name}: {done.stderr.strip()}")

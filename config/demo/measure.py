@@ -15,18 +15,18 @@ DIRECTIONS = ("to_guest", "from_guest")
 
 
 class Traffic:
-    """tandem-traffic in the outside namespace."""
+    """tandem-traffic in the outside namespace. Several at once need names and UDP ports of their own."""
 
-    def __init__(self, journal, program, rate):
-        self.report_path = os.path.join(FILES, "traffic.json")
-        self.errors_path = os.path.join(FILES, "traffic.errors")
+    def __init__(self, journal, program, rate, guest=GUEST_ADDRESS, name="traffic", port=7110):
+        self.report_path = os.path.join(FILES, f"{name}.json")
+        self.errors_path = os.path.join(FILES, f"{name}.errors")
         if os.path.exists(self.report_path):
             os.unlink(self.report_path)
         self.rate = rate
         self.latest = {"sent": 0, "received": 0, "stream_returned": 0}
         self.running = threading.Event()
-        words = ("ip", "netns", "exec", NAME, program, "outside", "--guest", GUEST_ADDRESS, "--rate", str(rate), "--json",
-                 self.report_path, "--arrivals", os.path.join(FILES, "arrivals"), "--connect-limit", "90")
+        words = ("ip", "netns", "exec", NAME, program, "outside", "--guest", guest, "--port", str(port), "--rate", str(rate), "--json",
+                 self.report_path, "--arrivals", os.path.join(FILES, f"{name}.arrivals"), "--connect-limit", "90")
         with open(self.errors_path, "wb") as errors:
             self.child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         journal.note("process", pid=self.child.pid, started=start_time(self.child.pid))

@@ -23,6 +23,7 @@ struct PendingRequest {
   std::uint64_t sequence = 0;
   bool disconnect = false;
   bool disable = false;
+  bool vault_lost = false;  ///< nobody to answer
   Outcome outcome;
   std::uint64_t generation = 0;
   std::uint64_t since_ns = 0;
@@ -51,6 +52,9 @@ struct Nic {
   std::optional<VhostUserDevice> device;
   bool connected = false;
   std::uint64_t connection = 0;
+  /// QEMU's connection, never read: QEMU sees its end, and goes by what the rings say, only once this is closed. So
+  /// that no owner writes by then, also where it is the vault that died.
+  UniqueFd held;
   std::optional<PendingRequest> pending;
   std::string start_failure;  ///< why its domain's start must be refused; empty: no reason yet
   bool releasing = false;

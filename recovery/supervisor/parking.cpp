@@ -171,6 +171,7 @@ void Supervisor::begin_disable(Nic& nic) {
 // Nobody writes to the guest's memory any more: QEMU may know.
 void Supervisor::finish_disable(Nic& nic) {
   static_cast<void>(vault_->unlisten(nic.option.mac));
+  nic.held.reset();
   std::error_code ignored;
   std::filesystem::remove(nic_socket_path(nic.option.mac), ignored);
   for (const auto& done : std::exchange(nic.when_disabled, {})) done({{"ok", true}, {"mac", nic.option.mac}});

@@ -121,7 +121,24 @@ void Supervisor::dispatch_vault() {
                      dispatched.error().text);
     vault_watch_.reset();
     vault_lost_ns_ = now_ns();
+    let_go_of_front_ends();
     find_new_vault();
+  }
+}
+
+// QEMU takes its rings' positions from guest memory in the moment it sees its connection end. We hold the connections
+// that the vault held: they end when no owner writes to those rings any more, or it would take what is not the last.
+void Supervisor::let_go_of_front_ends() {
+  for (auto& [mac, nic] : nics_) {
+    if (nic.releasing || nic.disabled) continue;
+    nic.connected = false;
+    nic.device->disconnect();
+    PendingRequest pending;
+    pending.disconnect = pending.vault_lost = true;
+    pending.since_ns = now_ns();
+    nic.pending = std::move(pending);
+    describe(nic);
+    wait_for_owners(nic);
   }
 }
 
@@ -150,7 +167,7 @@ void Supervisor::find_new_vault() {
   }
   for (auto& [mac, nic] : nics_) {
     if (nic.releasing) continue;
-    if (!nic.disabled) nic.pending.reset();
+    if (!nic.disabled && nic.pending && !nic.pending->vault_lost) nic.pending.reset();
     nic.connected = false;
     nic.device->disconnect();
     describe(nic);

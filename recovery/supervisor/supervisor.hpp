@@ -38,7 +38,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void shut_down();
 
   // VaultHandler
-  void on_connected(const std::string& nic, std::uint64_t connection) override;
+  void on_connected(const std::string& nic, std::uint64_t connection, UniqueFd held) override;
   void on_message(RelayedMessage message) override;
   void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) override;
   void on_listening(const std::string& nic) override;
@@ -88,6 +88,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   void save_pair(const Pair& pair);
   Status keep_nic(Nic& nic);
   void dispatch_vault();
+  void let_go_of_front_ends();
   void find_new_vault();
 
   // supervisor_requests.cpp: what operators and the hook ask for

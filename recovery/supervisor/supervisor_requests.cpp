@@ -165,6 +165,7 @@ void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answe
     return answer(refusal("drill: the fault must be segv, abort, bus, spin, block, exit or livelock"));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
+  spdlog::warn("pair {}: its active backend was told to fail: drill {}", pair->first, fault->first);
   await_incidents({pair->first, before, false, 1, answer, {}},
                   "drill: the backend was told to fail, and no failover was recorded within 20 s");
 }

@@ -48,11 +48,12 @@ void Supervisor::on_announced() {
   }
 }
 
-void Supervisor::on_connected(const std::string& mac, std::uint64_t connection) {
+void Supervisor::on_connected(const std::string& mac, std::uint64_t connection, UniqueFd held) {
   const auto found = nics_.find(mac);
   if (found == nics_.end() || found->second.disabled) return;
   found->second.connected = true;
   found->second.connection = connection;
+  found->second.held = std::move(held);
   spdlog::info("NIC {}: QEMU connected", mac);
 }
 
@@ -157,6 +158,8 @@ void Supervisor::finish_request(Nic& nic) {
   PendingRequest pending = std::move(*nic.pending);
   nic.pending.reset();
   if (pending.disable) return finish_disable(nic);
+  if (pending.disconnect) nic.held.reset();
+  if (pending.vault_lost) return;
   std::vector<std::byte> reply;
   if (pending.outcome.reply) reply = std::move(*pending.outcome.reply);
   if (pending.outcome.vring_base_index) {

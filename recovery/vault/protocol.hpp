@@ -14,6 +14,8 @@
 //   CONNECTED, MESSAGE and DISCONNECTED as they happen. MESSAGE and DISCONNECTED are repeated to every new tandemd
 //   until APPLIED names their sequence; a nic has at most one of them outstanding. Each DISCONNECTED follows a
 //   CONNECTED of the same connection in the same dialogue; the next connection is accepted only after it is APPLIED.
+//   The descriptor in CONNECTED is for holding, never for reading: a front end sees its connection end when the last
+//   holder closes it, so whoever holds it says when, also where the vault was killed.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +32,7 @@
 
 namespace tandem {
 
-inline constexpr std::uint16_t kVaultVersion = 1;
+inline constexpr std::uint16_t kVaultVersion = 2;
 inline constexpr std::size_t kMaxVaultName = 127;        ///< bytes
 inline constexpr std::size_t kMaxVaultBlob = 60 * 1024;  ///< bytes
 inline constexpr std::size_t kVhostUserHeader =
@@ -53,7 +55,7 @@ enum class VaultType : std::uint16_t {
   // vault to tandemd
   kWelcome = 64,
   kListening = 65,
-  kConnected = 66,
+  kConnected = 66,  ///< fd: the connection itself, unless it is over already
   kMessage = 67,
   kDisconnected = 68,
   kAnnounced = 69,
@@ -106,7 +108,7 @@ inline constexpr VaultRule kVaultRules[] = {
     {VaultType::kApplied, "APPLIED", VaultSender::kTandemd, 1, kMaxVaultName, kMaxVhostUserFrame, 0, 1, false, true},
     {VaultType::kWelcome, "WELCOME", VaultSender::kVault, 0, 0, 0, 0, 0, false, false},
     {VaultType::kListening, "LISTENING", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, false, false},
-    {VaultType::kConnected, "CONNECTED", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, true, false},
+    {VaultType::kConnected, "CONNECTED", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 1, true, false},
     {VaultType::kMessage, "MESSAGE", VaultSender::kVault, 1,
      kMaxVaultName, kMaxVhostUserFrame, 0, kMaxVhostUserFds, true, true},
     {VaultType::kDisconnected, "DISCONNECTED", VaultSender::kVault, 1, kMaxVaultName, 0, 0, 0, true, true},

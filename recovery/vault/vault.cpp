@@ -45,6 +45,12 @@ bool writable(int fd) {
   return ::poll(&ready, 1, 0) == 1 && (ready.revents & (POLLOUT | POLLHUP | POLLERR)) != 0;
 }
 
+std::vector<int> numbers_of(const std::vector<UniqueFd>& fds) {
+  std::vector<int> numbers;
+  for (const UniqueFd& fd : fds) numbers.push_back(fd.get());
+  return numbers;
+}
+
 }  // namespace
 
 void Interest::set(std::uint32_t events) {
@@ -306,11 +312,13 @@ Vault::Told Vault::tell_nic(const std::string& name, Nic& nic) {
     told = tell(VaultType::kListening, name);
     nic.told_listening = told == Told::kSaid;
   } else if (nic.connection_id != 0 && !nic.told_connected) {
-    told = tell(VaultType::kConnected, name, nic.connection_id);
+    std::vector<int> connection;
+    if (nic.front_end) connection.push_back(nic.front_end->fd());
+    told = tell(VaultType::kConnected, name, nic.connection_id, 0, {}, connection);
     nic.told_connected = told == Told::kSaid;
   } else if (nic.event && !nic.told_event) {
     const Event& event = *nic.event;
-    told = tell(event.type, name, nic.connection_id, event.sequence, event.frame.bytes, event.frame.fds);
+    told = tell(event.type, name, nic.connection_id, event.sequence, event.frame.bytes, numbers_of(event.frame.fds));
     nic.told_event = told == Told::kSaid;
   }
   return told;
@@ -324,18 +332,16 @@ Vault::Told Vault::tell_item() {
     if (told == Told::kSaid) fetch_after_.reset();
     return told;
   }
-  const Told told = tell(VaultType::kItem, item->first, 0, 0, item->second.blob, item->second.fds);
+  const Told told = tell(VaultType::kItem, item->first, 0, 0, item->second.blob, numbers_of(item->second.fds));
   if (told == Told::kSaid) fetch_after_ = item->first;
   return told;
 }
 
 Vault::Told Vault::tell(VaultType type, std::string_view name, std::uint64_t connection, std::uint64_t sequence,
-                        std::span<const std::byte> body, const std::vector<UniqueFd>& fds) {
+                        std::span<const std::byte> body, const std::vector<int>& fds) {
   if (!writable(channel_->fd())) return Told::kStuck;
-  std::vector<int> numbers;
-  for (const UniqueFd& fd : fds) numbers.push_back(fd.get());
-  const auto bytes = encode_vault_message(type, name, connection, sequence, body, numbers.size());
-  const Status sent = bytes ? channel_->send(*bytes, numbers) : Status{tl::make_unexpected(bytes.error())};
+  const auto bytes = encode_vault_message(type, name, connection, sequence, body, fds.size());
+  const Status sent = bytes ? channel_->send(*bytes, fds) : Status{tl::make_unexpected(bytes.error())};
   if (sent) return Told::kSaid;
   // Gone: the end of the stream will be read, after what it still holds. Otherwise too many descriptors are in flight
   // (ETOOMANYREFS, unix(7)) or memory is short.

@@ -117,7 +117,7 @@ class Vault {
   Told tell_nic(const std::string& name, Nic& nic);
   Told tell_item();
   Told tell(VaultType type, std::string_view name = {}, std::uint64_t connection = 0, std::uint64_t sequence = 0,
-            std::span<const std::byte> body = {}, const std::vector<UniqueFd>& fds = {});
+            std::span<const std::byte> body = {}, const std::vector<int>& fds = {});
 
   // front ends' side
   void on_nic_event(std::uint64_t tag, std::uint32_t events);

@@ -225,7 +225,8 @@ void VaultClient::deliver(VaultMessage message, VaultHandler& handler) {
     case VaultType::kListening:
       return handler.on_listening(message.name);
     case VaultType::kConnected:
-      return handler.on_connected(message.name, message.connection);
+      return handler.on_connected(message.name, message.connection,
+                                  message.fds.empty() ? UniqueFd{} : std::move(message.fds.front()));
     case VaultType::kMessage:
       return handler.on_message({std::move(message.name), message.connection, message.sequence, std::move(message.body),
                                  std::move(message.fds)});

@@ -37,7 +37,9 @@ class VaultHandler {
   virtual ~VaultHandler() = default;
   /// The vault holds this nic's listening socket (said on attach only).
   virtual void on_listening(const std::string& nic) { static_cast<void>(nic); }
-  virtual void on_connected(const std::string& nic, std::uint64_t connection) = 0;
+  /// `held`: the front end sees its connection end only once this is closed, too. Never read from it. Empty when it is
+  /// over already.
+  virtual void on_connected(const std::string& nic, std::uint64_t connection, UniqueFd held) = 0;
   virtual void on_message(RelayedMessage message) = 0;
   /// Must be answered with applied(nic, sequence); until then no other front end is accepted on this nic.
   virtual void on_disconnected(const std::string& nic, std::uint64_t connection, std::uint64_t sequence) = 0;

@@ -338,8 +338,8 @@ std::string PairHost::nic_socket(const std::string& mac) const {
 std::string PairHost::domain_xml(const std::string& name, const std::vector<TestNic>& nics) const {
   std::string options, interfaces;
   for (const TestNic& nic : nics) {
-    options +=
-        "<tandem:nic mac='" + nic.mac + "' pair='" + nic.pair + "'><tandem:uplink " + nic.uplink + "/></tandem:nic>";
+    options += "<tandem:nic mac='" + nic.mac + "' pair='" + nic.pair + "'><tandem:uplink " + nic.uplink + "/>" +
+               (nic.watchdog.empty() ? "" : "<tandem:watchdog " + nic.watchdog + "/>") + "</tandem:nic>";
     interfaces += "<interface type='vhostuser'><mac address='" + nic.mac + "'/><source type='unix' path='" +
                   nic_socket(nic.mac) +
                   "' mode='client'><reconnect enabled='yes' timeout='1'/></source><model type='virtio'/>" +

@@ -44,6 +44,7 @@ struct TestNic {
   unsigned queues = 1;
   std::string uplink = "bridge=\"br0\"";
   std::string pair = "default";
+  std::string watchdog = {};  ///< attributes of <watchdog>; empty: its defaults
 };
 
 class PairHost {

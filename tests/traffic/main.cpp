@@ -21,6 +21,7 @@ constexpr const char* kUsage =
     "       tandem-traffic outside --guest ADDRESS [OPTION]... run the traffic and report\n"
     "  --seconds N        how long; without it until SIGTERM or SIGINT\n"
     "  --flows N          UDP flows, each both ways (2)\n"
+    "  --port N           first UDP port of the flows (7110): another one for each run at the same time\n"
     "  --rate N           datagrams a second each way, all flows together (1000)\n"
     "  --stream-rate N    bytes a second of the TCP stream (262144)\n"
     "  --json FILE        write the report there instead of standard output\n"
@@ -84,6 +85,7 @@ int outside(const std::vector<std::string>& words) {
       {{"--guest", [&](const std::string& value) { options.guest = value; }},
        {"--seconds", [&](const std::string& value) { options.seconds = std::stod(value); }},
        {"--flows", [&](const std::string& value) { options.flows = to_u32(value); }},
+       {"--port", [&](const std::string& value) { options.port = static_cast<std::uint16_t>(std::stoul(value)); }},
        {"--rate", [&](const std::string& value) { options.rate = to_u32(value); }},
        {"--stream-rate", [&](const std::string& value) { options.stream_rate = std::stoull(value); }},
        {"--json", [&](const std::string& value) { options.json = value; }},

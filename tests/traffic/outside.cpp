@@ -159,12 +159,12 @@ Status Run::begin() {
   auto echo = parse_address(options_.guest, kStreamPort);
   auto stream = connect_tcp(*echo, milliseconds{5000});
   if (!stream) return tl::make_unexpected(std::move(stream.error()));
-  auto flows = UdpEnd::open({*agent, kFlowPort, options_.flows, options_.rate});
+  auto flows = UdpEnd::open({*agent, options_.port, options_.flows, options_.rate});
   if (!flows) return tl::make_unexpected(std::move(flows.error()));
   flows_ = std::move(*flows);
   // Our sockets are open before the guest sends, and the guest's before we do: nothing meets a closed port.
   auto started =
-      control_->ask({{"do", "start"}, {"flows", options_.flows}, {"rate", options_.rate}, {"port", kFlowPort}});
+      control_->ask({{"do", "start"}, {"flows", options_.flows}, {"rate", options_.rate}, {"port", options_.port}});
   if (!started) return tl::make_unexpected(std::move(started.error()));
   begun_ns_ = now_ns();
   flows_->send();

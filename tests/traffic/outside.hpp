@@ -7,6 +7,7 @@
 #include <string>
 
 #include "common/result.hpp"
+#include "tests/traffic/control.hpp"
 
 namespace tandem::traffic {
 
@@ -14,6 +15,7 @@ struct OutsideOptions {
   std::string guest;                      ///< IPv4 address of the agent
   double seconds = 0;                     ///< 0: until SIGTERM or SIGINT
   std::uint32_t flows = 2;                ///< UDP flows, each both ways
+  std::uint16_t port = kFlowPort;         ///< of the first flow, at both ends
   std::uint32_t rate = 1000;              ///< datagrams a second each way, all flows together
   std::uint64_t stream_rate = 256 << 10;  ///< bytes a second of the TCP stream
   std::string json;                       ///< report file; empty: standard output

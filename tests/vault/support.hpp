@@ -163,7 +163,7 @@ struct Recorder : VaultHandler {
     std::uint64_t connection, sequence;
   };
   void on_listening(const std::string& nic) override { listening.push_back(nic); }
-  void on_connected(const std::string& nic, std::uint64_t connection) override {
+  void on_connected(const std::string& nic, std::uint64_t connection, UniqueFd) override {
     connected.emplace_back(nic, connection);
   }
   void on_message(RelayedMessage message) override { messages.push_back(std::move(message)); }

@@ -64,7 +64,7 @@ TEST_CASE("a message of the other side, a wrong version and every wrong field ar
       std::memcpy(copy.data(), &header, sizeof header);
       return decode_vault_message(as_received(copy, rule.min_fds + more_fds), rule.sender);
     };
-    const auto version = refused([](VaultHeader& header, Bytes&) { header.version = 2; });
+    const auto version = refused([](VaultHeader& header, Bytes&) { header.version = kVaultVersion + 1; });
     REQUIRE_FALSE(version);
     CHECK(version.error().kind == ErrorKind::kUnsupported);
     CHECK_FALSE(refused([](VaultHeader& header, Bytes&) { header.type = 999; }));

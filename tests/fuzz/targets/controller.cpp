@@ -62,7 +62,10 @@ class Site {
     for (int i = 0; i < messages && !input.empty(); ++i) feed(supervisor, input);
     // No more will come; what the controller says still finds a reader.
     ::shutdown(supervisor.fd(), SHUT_WR);
-    if (!controller.greet(1'000'000'000)) return;
+    const bool greeted = controller.greet(1'000'000'000).has_value();
+    // Or the rest would be fed to nobody.
+    must_hold(greeted || greeting >= 0x7f, "a lawful greeting is accepted");
+    if (!greeted) return;
     static_cast<void>(controller.run());
     for (auto& shard : controller.shards()) {
       ShardSteps::run_commands(*shard);
@@ -89,7 +92,7 @@ class Site {
     } message{};
     message.header.type = ControlType::kWelcome;
     message.header.body_size = sizeof message.body;
-    const int fds[] = {segment_.get(), slots_.get(), ring_.get(), descriptors_.get(kTimer)};
+    const int fds[] = {segment_.get(), slots_.get(), ring_.get(), descriptors_.get(kTimer), descriptors_.get(kEvent)};
     static_cast<void>(supervisor.send(std::as_bytes(std::span(&message, 1)), fds));
   }
 

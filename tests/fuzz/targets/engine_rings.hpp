@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // A hostile guest at the shipping engine: rings written entry by entry, whole bursts both ways, heirs in between.
 //
-// One file per ring format instantiates this with the features that choose it (engine_split.cpp). Descriptors have 16
-// bytes in every format, so steps are about areas of memory, not about a format.
+// One file per ring format instantiates this with the features that choose it (engine_split.cpp, engine_packed.cpp).
+// Descriptors have 16 bytes in every format, so most steps are about areas of memory, not about a format.
 //
 // What must hold for any input: nothing in guest memory changes but the used rings and what some device-writable
 // descriptor offered; the kernel gets no descriptor outside the transmit frames; every frame is somewhere, once; the
 // record is empty between bursts; each chain taken is counted as a packet or as dropped.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tests/fuzz/targets/input.hpp"
@@ -22,7 +24,10 @@ class EngineRings {
  public:
   /// The features of byte `choice` besides `fixed`.
   explicit EngineRings(std::uint64_t features)
-      : fresh_(shape(features)), world_(shape(features)), ports_(world_.make_ports()) {
+      : packed_((features & test::feature::kPacked) != 0),
+        fresh_(shape(features)),
+        world_(shape(features)),
+        ports_(world_.make_ports()) {
     devices_.push_back(world_.make_device(world_.describe(1)));
     for (const std::uint32_t tag : {1u, 2u}) fence_.kill(tag);
     // Nobody's buffers: whatever the input offers is all there is.
@@ -42,14 +47,14 @@ class EngineRings {
         case 0:
           write_descriptor(input);
           break;
-        case 1: {  // offer a head
-          test::GuestQueue& queue = this->queue(what);
-          queue.offer(input.u16());
-          queue.publish();
+        case 1:
+          offer_chain(queue(what), input, 1);
           break;
-        }
-        case 2:  // an index out of nowhere
-          queue(what).publish_index(input.u16());
+        case 2:  // an index out of nowhere; packed: several slots at once, also more than the ring has left
+          if (packed_)
+            offer_chain(queue(what), input, 1u + input.u8() % 16);
+          else
+            queue(what).publish_index(input.u16());
           break;
         case 3:
           write_bytes(input);
@@ -113,6 +118,15 @@ class EngineRings {
   }
   [[nodiscard]] test::GuestQueue& queue(std::uint8_t choice) {
     return choice / 9 % 2 != 0 ? world_.nics[0].receive : world_.nics[0].transmit;
+  }
+
+  void offer_chain(test::GuestQueue& queue, Input& input, std::uint32_t slots) const {
+    const std::uint16_t head = input.u16();
+    if (packed_)
+      queue.offer_packed(head, slots);
+    else
+      queue.offer(head);
+    queue.publish();
   }
 
   // Addresses that are often right: the two payload regions, their ends, the NIC's own memory, and anything.
@@ -211,8 +225,7 @@ class EngineRings {
     scan(before.data());
     scan(now.data());  // descriptors that came to be while the burst ran
     // What the device may write without a descriptor: used rings (split), descriptors and event areas (packed).
-    for (const test::GuestQueue* queue : {&world_.nics[0].receive, &world_.nics[0].transmit})
-      offer(queue->place().used, 4 + 8 * queue->size() + 2);
+    for (const auto& [begin, length] : device_areas()) offer(begin, length);
     std::int64_t depth = 0;
     bool strayed = false, self_harm = false;
     for (std::size_t i = 0; i < now.size(); ++i) {
@@ -221,17 +234,24 @@ class EngineRings {
       strayed = strayed || depth == 0;
       // A guest that offers its own rings and tables as buffers gets what it asked for: not all descriptors that were
       // read can be told afterwards.
-      self_harm = self_harm || (i < payload_from_ && !in_used_ring(i));
+      self_harm = self_harm || (i < payload_from_ && !is_devices(i));
     }
     must_hold(!strayed || self_harm, "only what was offered is written");
     check();
   }
-  [[nodiscard]] bool in_used_ring(std::uint64_t at) const {
+  [[nodiscard]] std::vector<std::pair<std::uint64_t, std::uint64_t>> device_areas() const {
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> areas;
     for (const test::GuestQueue* queue : {&world_.nics[0].receive, &world_.nics[0].transmit}) {
-      const std::uint64_t begin = queue->place().used - test::kGuestBase;
-      if (at >= begin && at < begin + 4 + 8 * queue->size() + 2) return true;
+      areas.emplace_back(queue->place().used, packed_ ? 4 : 4 + 8 * queue->size() + 2);
+      if (packed_) areas.emplace_back(queue->place().descriptors, 16 * queue->size());
     }
-    return false;
+    return areas;
+  }
+  [[nodiscard]] bool is_devices(std::uint64_t at) const {
+    const auto areas = device_areas();
+    return std::any_of(areas.begin(), areas.end(), [address = test::kGuestBase + at](const auto& area) {
+      return address >= area.first && address < area.first + area.second;
+    });
   }
 
   void check() {
@@ -246,14 +266,16 @@ class EngineRings {
       return static_cast<std::uint16_t>(now.next_avail - first.next_avail);
     };
     const VringCursors none{};
-    must_hold(
-        taken(state.transmit, none) == static_cast<std::uint16_t>(state.transmit.packets + state.transmit.dropped),
-        "each chain to send is a packet or dropped");
+    // Positions of a packed ring count slots, and a chain may have many.
+    must_hold(packed_ || taken(state.transmit, none) ==
+                             static_cast<std::uint16_t>(state.transmit.packets + state.transmit.dropped),
+              "each chain to send is a packet or dropped");
     must_hold(
         state.transmit.next_used == state.transmit.next_avail && state.receive.next_used == state.receive.next_avail,
         "each chain taken is given back");
   }
 
+  bool packed_;
   test::EngineWorld fresh_, world_;
   test::FakeFence fence_;
   std::shared_ptr<const UplinkPorts> ports_;

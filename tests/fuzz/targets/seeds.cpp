@@ -125,6 +125,57 @@ TEST_CASE("engine_split") {
   indirect.write("engine_split", "indirect");
 }
 
+TEST_CASE("engine_packed") {
+  // A slot of the ring itself: address, length, id, flags. AVAIL and USED are the offer's to set.
+  const auto slot = [](Seed& seed, unsigned ring, unsigned index, unsigned region, unsigned at, unsigned length,
+                       unsigned flags) -> Seed& {
+    return seed.u8(0).u8(ring).u16(index).u8(region).u16(at).u8(length).u16(0).u16(flags);
+  };
+  constexpr unsigned kRx = 0, kTx = 1, kNext = 1, kWrite = 2;
+  constexpr unsigned kOffer = 1, kOfferMany = 2, kOnReceive = 9, kReceived = 4, kPoll = 5, kSent = 6, kSleep = 7,
+                     kDie = 8;
+  for (const unsigned features : {0u, 0xfu}) {
+    Seed seed;
+    seed.u8(features);
+    slot(seed, kTx, 0, 0, 0, 12, kNext);
+    slot(seed, kTx, 1, 0, 100, 30, kNext);
+    slot(seed, kTx, 2, 1, 0, 40, 0);
+    slot(seed, kTx, 3, 2, 20, 80, 0);  // across the end of a region
+    seed.u8(kOfferMany).u8(2).u16(5).u8(kOffer).u16(3).u8(kPoll).u8(kSent).u8(kSleep);
+    // Round the ring's end: 12 more, then one chain over it.
+    for (unsigned index = 4; index < 16; ++index) slot(seed, kTx, index, 0, 64 * index, 60, 0);
+    for (unsigned index = 4; index < 15; ++index) seed.u8(kOffer).u16(index);
+    seed.u8(kPoll);
+    slot(seed, kTx, 15, 0, 0, 20, kNext);
+    slot(seed, kTx, 0, 0, 100, 30, 0);
+    seed.u8(kOfferMany).u8(1).u16(7).u8(kPoll).u8(kSent);
+    seed.write("engine_packed", "transmit-" + std::to_string(features));
+    Seed back;
+    back.u8(features);
+    slot(back, kRx, 0, 0, 0, 100, kWrite | kNext);
+    slot(back, kRx, 1, 1, 0, 100, kWrite);
+    slot(back, kRx, 2, 0, 512, 200, kWrite);
+    slot(back, kRx, 3, 1, 512, 60, kWrite);
+    back.u8(kOfferMany + kOnReceive).u8(1).u16(0);
+    for (const unsigned id : {2u, 3u}) back.u8(kOffer + kOnReceive).u16(id);
+    back.u8(kReceived).u8(63).u8(kReceived).u8(90).u8(kReceived).u8(200).u8(kPoll).u8(kDie).u8(kSleep);
+    back.write("engine_packed", "receive-" + std::to_string(features));
+  }
+  Seed indirect;
+  indirect.u8(0xf);
+  // A table where the NIC's transmit slots are: entries as in a ring, but for AVAIL, USED and NEXT.
+  slot(indirect, 2, 0, 0, 0, 12, 0);
+  slot(indirect, 2, 1, 0, 50, 60, 0);
+  const NicShape shape{16, 64, 0, 0xf | feature::kPacked, ChainStyle::kDirect, ChainStyle::kDirect, {}, 0};
+  GuestSpace space;
+  std::vector<std::byte> room(GuestNic::bytes(shape));
+  space.add(kGuestBase, room.size(), room.data());
+  const GuestNic nic(space, kGuestBase, shape);
+  slot(indirect, kTx, 0, 3, static_cast<unsigned>(nic.transmit_slot(0) - kGuestBase), 32, 4);
+  indirect.u8(kOffer).u16(0).u8(kPoll).u8(kSent);
+  indirect.write("engine_packed", "indirect");
+}
+
 TEST_CASE("redo_record") {
   for (unsigned how = 0; how < 8; ++how) {
     Seed seed;
