@@ -13,6 +13,7 @@
 #include "recovery/supervisor/event_loop.hpp"
 #include "recovery/supervisor/pair.hpp"
 #include "recovery/uplink/uplink.hpp"
+#include "recovery/vault/vault_client.hpp"
 #include "vmm/domain_option.hpp"
 #include "vmm/vhost_user_device.hpp"
 
@@ -56,6 +57,10 @@ struct Nic {
   /// that no owner writes by then, also where it is the vault that died.
   UniqueFd held;
   std::optional<PendingRequest> pending;
+  /// Of a QEMU that found the new vault before the owners had let go for the old one's connection: they come after
+  /// that.
+  UniqueFd held_next;
+  std::optional<RelayedMessage> waiting;
   std::string start_failure;  ///< why its domain's start must be refused; empty: no reason yet
   bool releasing = false;
   std::optional<Disabled> disabled;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <ctime>
+#include <utility>
 
 #include "recovery/supervisor/probe.hpp"
 #include "recovery/supervisor/supervisor.hpp"
@@ -53,7 +54,8 @@ void Supervisor::on_connected(const std::string& mac, std::uint64_t connection, 
   if (found == nics_.end() || found->second.disabled) return;
   found->second.connected = true;
   found->second.connection = connection;
-  found->second.held = std::move(held);
+  const bool early = found->second.pending && found->second.pending->vault_lost;
+  (early ? found->second.held_next : found->second.held) = std::move(held);
   spdlog::info("NIC {}: QEMU connected", mac);
 }
 
@@ -63,6 +65,10 @@ void Supervisor::on_message(RelayedMessage message) {
   const auto found = nics_.find(message.nic);
   if (found == nics_.end() || found->second.releasing || found->second.disabled) return;
   Nic& nic = found->second;
+  if (nic.pending && nic.pending->vault_lost) {
+    nic.waiting = std::move(message);
+    return;
+  }
   if (nic.pending) {
     // The vault hands out one at a time; what comes again after its own restart is the one that waits already.
     nic.pending->sequence = message.sequence;
@@ -100,6 +106,7 @@ void Supervisor::on_disconnected(const std::string& mac, std::uint64_t, std::uin
   if (nic.releasing || nic.disabled) return;
   spdlog::info("NIC {}: QEMU disconnected", mac);
   nic.connected = false;
+  nic.waiting.reset();
   TANDEM_SUPERVISOR_PROBE(kMessage);
   nic.device->disconnect();
   TANDEM_SUPERVISOR_PROBE(kHandled);
@@ -158,8 +165,11 @@ void Supervisor::finish_request(Nic& nic) {
   PendingRequest pending = std::move(*nic.pending);
   nic.pending.reset();
   if (pending.disable) return finish_disable(nic);
-  if (pending.disconnect) nic.held.reset();
-  if (pending.vault_lost) return;
+  if (pending.disconnect) nic.held = std::move(nic.held_next);
+  if (pending.vault_lost) {
+    if (auto waiting = std::exchange(nic.waiting, std::nullopt)) on_message(std::move(*waiting));
+    return;
+  }
   std::vector<std::byte> reply;
   if (pending.outcome.reply) reply = std::move(*pending.outcome.reply);
   if (pending.outcome.vring_base_index) {
