@@ -57,13 +57,13 @@ class GuestMemory {
   [[nodiscard]] bool is_view_of(const std::byte* at, std::uint64_t address) const {
     return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
       const std::uint64_t offset = address - region.guest_address;
-      return region.view + offset == at && offset < region.size;
+      return offset < region.size && region.view + offset == at;
     });
   }
   [[nodiscard]] bool is_window_of(const std::byte* at, std::uint64_t address) const {
     return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
       const std::uint64_t offset = address - region.guest_address;
-      return region.window + offset == at && offset < region.size;
+      return offset < region.size && region.window + offset == at;
     });
   }
   /// Whether all of [address, address + length) is memory of the guest, in one region or across several that adjoin.
