@@ -201,19 +201,29 @@ WritableSpan GuestMemory::authorize_some(std::uint64_t address, std::uint64_t le
 }
 
 // Apart from find(), on purpose: see second_opinion.hpp.
+const GuestMemory::Region* GuestMemory::find_again(std::uint64_t address) const {
+  for (std::uint32_t i = 0; i < count_; ++i)
+    if (address >= regions_[i].guest_address && address <= regions_[i].guest_address + (regions_[i].size - 1))
+      return &regions_[i];
+  return nullptr;
+}
+
 bool GuestMemory::covers(std::uint64_t address, std::uint64_t length) const {
   while (length != 0) {
-    std::uint64_t covered = 0;
-    for (std::uint32_t i = 0; i < count_ && covered == 0; ++i) {
-      const std::uint64_t begin = regions_[i].guest_address, last = begin + (regions_[i].size - 1);
-      if (address >= begin && address <= last) covered = last - address + 1;
-    }
-    if (covered == 0) return false;
+    const Region* region = find_again(address);
+    if (region == nullptr) return false;
+    const std::uint64_t covered = region->guest_address + (region->size - 1) - address + 1;
     if (covered >= length) return true;
     address += covered;
     length -= covered;
   }
   return true;
+}
+
+const std::byte* GuestMemory::view_again(std::uint64_t address, std::uint64_t length) const {
+  const Region* region = find_again(address);
+  if (region == nullptr || length > region->guest_address + region->size - address) return nullptr;
+  return region->view + (address - region->guest_address);
 }
 
 const std::byte* GuestMemory::view_user(std::uint64_t address, std::uint64_t length) const {

@@ -55,19 +55,15 @@ class GuestMemory {
   }
   /// Whether view_some(), or authorize_some(), rightly gave `at` for `address`: the answer checked backwards.
   [[nodiscard]] bool is_view_of(const std::byte* at, std::uint64_t address) const {
-    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
-      const std::uint64_t offset = address - region.guest_address;
-      return offset < region.size && region.view + offset == at;
-    });
+    return is_mapped_by(&Region::view, at, address);
   }
   [[nodiscard]] bool is_window_of(const std::byte* at, std::uint64_t address) const {
-    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
-      const std::uint64_t offset = address - region.guest_address;
-      return offset < region.size && region.window + offset == at;
-    });
+    return is_mapped_by(&Region::window, at, address);
   }
   /// Whether all of [address, address + length) is memory of the guest, in one region or across several that adjoin.
   [[nodiscard]] bool covers(std::uint64_t address, std::uint64_t length) const;
+  /// As view(), by the way of covers(); for the second opinion (second_opinion.hpp), which must not rest on find().
+  [[nodiscard]] const std::byte* view_again(std::uint64_t address, std::uint64_t length) const;
   /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross
   /// regions.
   [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const;
@@ -90,6 +86,15 @@ class GuestMemory {
     Mapping view_mapping, window_mapping;
   };
   GuestMemory() = default;
+  template <class Base>
+  [[nodiscard]] bool is_mapped_by(Base Region::*base, const std::byte* at, std::uint64_t address) const {
+    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
+      const std::uint64_t offset = address - region.guest_address;
+      return offset < region.size && region.*base + offset == at;
+    });
+  }
+  // The region that `address` lies in.
+  [[nodiscard]] const Region* find_again(std::uint64_t address) const;
   [[nodiscard]] const Region* find(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] const Region* find_user(std::uint64_t address, std::uint64_t length) const;
 

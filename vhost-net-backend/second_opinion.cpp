@@ -43,7 +43,7 @@ void add_split_table(const GuestMemory& memory, const vring_desc& table, Sum& su
   if (entries == 0 || !memory.covers(table.addr, table.len)) return sum.spoil();
   std::uint32_t entry = 0;
   for (std::uint32_t count = 0; count < entries; ++count) {
-    const std::byte* at = memory.view(table.addr + std::uint64_t{entry} * 16, 16);
+    const std::byte* at = memory.view_again(table.addr + std::uint64_t{entry} * 16, 16);
     if (at == nullptr) return sum.spoil();
     const vring_desc descriptor = read_descriptor_once(at);
     if ((descriptor.flags & VRING_DESC_F_INDIRECT) != 0) return sum.spoil();
@@ -60,7 +60,7 @@ void add_packed_table(const GuestMemory& memory, const vring_packed_desc& table,
   const std::uint32_t entries = table_entries(table.len);
   if (entries == 0) return sum.spoil();
   for (std::uint32_t entry = 0; entry < entries && !sum.enough(); ++entry) {
-    const std::byte* at = memory.view(table.addr + std::uint64_t{entry} * 16, 16);
+    const std::byte* at = memory.view_again(table.addr + std::uint64_t{entry} * 16, 16);
     if (at == nullptr) return sum.spoil();
     const vring_packed_desc descriptor = read_packed_descriptor_once(at);
     if ((descriptor.flags & VRING_DESC_F_INDIRECT) != 0) return sum.spoil();

@@ -10,8 +10,8 @@
 #include <rte_cycles.h>
 
 #include <algorithm>
+#include <array>
 #include <span>
-#include <vector>
 
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
@@ -152,12 +152,12 @@ std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::ui
 // Binds every device under the generation that its queue pairs were served with.
 void Shard::adopt_generations() {
   const RedoRecord& record = state().record;
-  std::vector<const VringCursors*> in_record;
+  std::array<const VringCursors*, 2> in_record{};
   if (record_is_valid(record)) {
     const auto* pairs = config_.segment->queue_pairs;
-    in_record.push_back(record.kind == RedoKind::kReceive ? &pairs[record.queue_pair].receive
-                                                          : &pairs[record.queue_pair].transmit);
-    if (record.kind == RedoKind::kForward) in_record.push_back(&pairs[record.destination.queue_pair].receive);
+    in_record[0] =
+        record.kind == RedoKind::kReceive ? &pairs[record.queue_pair].receive : &pairs[record.queue_pair].transmit;
+    if (record.kind == RedoKind::kForward) in_record[1] = &pairs[record.destination.queue_pair].receive;
   }
   for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
     Served& served = devices_[device];
