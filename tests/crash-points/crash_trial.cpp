@@ -290,12 +290,12 @@ void CrashTrial::step_heirs(bool moved, RowResult& result) {
   }
 }
 
-RowResult CrashTrial::run() {
+RowResult CrashTrial::run(bool until_harm) {
   RowResult result;
   const auto begin = std::chrono::steady_clock::now();
   step_owner(result);
   for (const bool moved : {false, true})
-    if (row_.nested) step_heirs(moved, result);
+    if (row_.nested && (!until_harm || result.verdict.clean())) step_heirs(moved, result);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   result.done = true;
   return result;

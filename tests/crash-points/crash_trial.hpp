@@ -29,7 +29,8 @@ using Snapshot = std::vector<std::byte>;
 class CrashTrial {
  public:
   explicit CrashTrial(const MatrixRow& row);
-  RowResult run();
+  /// `until_harm`: second crashes only if the first ones did no harm.
+  RowResult run(bool until_harm);
 
  private:
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;

@@ -69,13 +69,13 @@ void print(const char* name, const RowResult& result) {
 }
 
 // Workers take rows from the board until there are none left.
-bool work(const std::vector<MatrixRow>& rows, Board& board, unsigned jobs) {
+bool work(const std::vector<MatrixRow>& rows, Board& board, unsigned jobs, bool until_harm) {
   std::vector<pid_t> workers;
   for (unsigned job = 0; job < jobs; ++job) {
     const pid_t worker = ::fork();
     if (worker == 0) {
       for (std::size_t i; (i = board.next.fetch_add(1)) < rows.size();) {
-        board.results[i] = CrashTrial(rows[i]).run();
+        board.results[i] = CrashTrial(rows[i]).run(until_harm);
         print(rows[i].name.c_str(), board.results[i]);
       }
       ::_exit(0);
@@ -123,7 +123,7 @@ int main(int argc, char** argv) {
   std::printf("%-78s %9s %7s %10s %7s\n", "row", "points", "states", "in heirs", "states");
   std::fflush(stdout);
   const auto begin = std::chrono::steady_clock::now();
-  const bool all_well = work(rows, *board, jobs);
+  const bool all_well = work(rows, *board, jobs, must_fail);
   RowResult total;
   nlohmann::json detail = nlohmann::json::array();
   bool complete = all_well && !rows.empty();

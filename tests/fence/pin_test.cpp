@@ -75,7 +75,7 @@ TEST_CASE("nothing to adopt is a plain answer") {
   CHECK(nothing.error().kind == ErrorKind::kGone);
 }
 
-TEST_CASE("bpffs is mounted when it is missing; other file systems are refused") {
+TEST_CASE("bpffs is mounted when it is missing, other file systems are refused") {
   SKIP_UNLESS_FENCE();
   while (::umount2("/sys/fs/bpf", MNT_DETACH) == 0) {
   }

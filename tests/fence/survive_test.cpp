@@ -130,7 +130,7 @@ TEST_CASE("an incarnation's number decides, not its slot") {
   CHECK(wait_until([&] { return fence.dead(5 + TANDEM_FENCE_SLOTS); }));
 }
 
-TEST_CASE("the dead, the dying and strangers cannot be watched; an ended watch marks nothing") {
+TEST_CASE("the dead, the dying and strangers cannot be watched, an ended watch marks nothing") {
   SKIP_UNLESS_FENCE();
   Fence fence = load_fence();
   Child zombie([] {});

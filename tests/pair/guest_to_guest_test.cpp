@@ -43,7 +43,7 @@ bool pump_frames(std::array<Lane, 2>& lanes, std::uint64_t frames) {
 
 }  // namespace
 
-TEST_CASE("guest to guest: ring to ring and exactly once while killed at each stage; the rest through the bridge") {
+TEST_CASE("guest to guest: ring to ring and exactly once while killed at each stage, the rest through the bridge") {
   SKIP_UNLESS_PAIR();
   const bool direct = GENERATE(true, false);
   INFO((direct ? "direct" : "direct='no'"));

@@ -87,7 +87,7 @@ TEST_CASE("null='loopback': every frame comes back once, through failovers and a
   require_clean_end(host, {"one"});
 }
 
-TEST_CASE("null='sink' takes everything, null='source' gives frames of its length; neither ends with its owner") {
+TEST_CASE("null='sink' takes everything, null='source' gives frames of its length, neither ends with its owner") {
   SKIP_UNLESS_PAIR();
   PairHost host;
   host.start();

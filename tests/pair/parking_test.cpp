@@ -23,7 +23,7 @@ bool virt_tandem(const PairHost& host, const std::string& words) {
 
 }  // namespace
 
-TEST_CASE("a NIC that keeps killing is parked until it is enabled; the other one loses nothing") {
+TEST_CASE("a NIC that keeps killing is parked until it is enabled, the other one loses nothing") {
   SKIP_UNLESS_PAIR();
   const Probes probes;
   PairHost host({.backend = TANDEM_PROBED_BACKEND_BINARY, .configuration = "[parking]\nkills = 3\nwindow_s = 600\n"});

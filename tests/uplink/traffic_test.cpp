@@ -99,7 +99,7 @@ TEST_CASE("several queue pairs serve one uplink") {
   CHECK(std::all_of(seen.begin(), seen.end(), [](bool one) { return one; }));
 }
 
-TEST_CASE("one call sends 32 frames; calling until TX is empty sends all, in order") {
+TEST_CASE("one call sends 32 frames, calling until TX is empty sends all, in order") {
   SKIP_UNLESS_UPLINK();
   make_bridge();
   const Uplink uplink = open_uplink(bridge_config());

@@ -242,7 +242,7 @@ TEST_CASE("a record with a right checksum and wrong content stops its queue, or 
   }
 }
 
-TEST_CASE("a damaged record of a burst that the guest was shown stops its queue; of another one, it does not") {
+TEST_CASE("a damaged record of a burst that the guest was shown stops its queue, of another one, it does not") {
   const std::uint64_t layout = GENERATE(from_range(kLayouts));
   for (const bool receive : {false, true})
     for (const auto& [point, shown] : {std::pair{ProbePoint::kArmed, false},

@@ -50,7 +50,7 @@ TEST_CASE("device descriptions that are inconsistent are refused") {
   }
 }
 
-TEST_CASE("a vring that cannot be bound is left out and named; its device serves the others") {
+TEST_CASE("a vring that cannot be bound is left out and named, its device serves the others") {
   WorldShape shape = small_world();
   shape.queue_pairs = 2;
   EngineWorld world(shape);

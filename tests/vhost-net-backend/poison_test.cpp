@@ -142,7 +142,7 @@ TEST_CASE("a packet that kills costs two owners, then exactly it is dropped") {
         }
 }
 
-TEST_CASE("deaths from outside never count, whatever the signal; those in between change nothing") {
+TEST_CASE("deaths from outside never count, whatever the signal, those in between change nothing") {
   for (const bool receive : {false, true}) {
     Stage stage;
     stage.flows.send(stage.world, 2, 2);

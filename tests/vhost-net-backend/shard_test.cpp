@@ -74,7 +74,7 @@ TEST_CASE("an heir says what it holds, an owner what is in force") {
   check_serves(world, shard);
 }
 
-TEST_CASE("pruning drops what is older and not in force; detaching drops all") {
+TEST_CASE("pruning drops what is older and not in force, detaching drops all") {
   EngineWorld world(small_world());
   FakeFence fence;
   ShardStepper shard(world.segment(), fence.view(), 1);
@@ -105,7 +105,7 @@ TEST_CASE("pruning drops what is older and not in force; detaching drops all") {
   CHECK_FALSE(shard.poll_once());
 }
 
-TEST_CASE("a stopped ring is not touched once its generation is in force; a new start takes its base") {
+TEST_CASE("a stopped ring is not touched once its generation is in force, a new start takes its base") {
   EngineWorld world(small_world());
   FakeFence fence;
   ShardStepper shard(world.segment(), fence.view(), 1);
@@ -250,7 +250,7 @@ TEST_CASE("shards share a segment and nothing else") {
   }
 }
 
-TEST_CASE("several devices in one shard; one leaves, the other stays") {
+TEST_CASE("several devices in one shard, one leaves, the other stays") {
   EngineWorld first(small_world());
   WorldShape shape = small_world(feature::kVersion1 | feature::kMergeable);
   shape.device = 5;

@@ -165,7 +165,7 @@ TEST_CASE("transmit: dropped chains take no frame, also when no frame is left") 
   check_rest(bench);
 }
 
-TEST_CASE("completions: bits are cleared in any order; addresses that are no transmit frames are ignored") {
+TEST_CASE("completions: bits are cleared in any order, addresses that are no transmit frames are ignored") {
   Bench bench(small_world());
   Ledger out(kFlow), in(kFlow);
   REQUIRE(send_from_guest(bench.world, kFlow, 0, 3) == 3);

@@ -67,7 +67,7 @@ TEST_CASE("packed rings of any size run, with both positions in their base") {
   }
 }
 
-TEST_CASE("packed sizes that no ring has are refused; split rings stay powers of two") {
+TEST_CASE("packed sizes that no ring has are refused, split rings stay powers of two") {
   FrontEnd front_end;
   auto packed = negotiated(front_end, kPackedFeatures);
   for (const std::uint32_t size : {0u, 32769u, 65536u, 0x80000001u}) reject(packed, FrontEnd::num(0, size));
