@@ -246,6 +246,7 @@ void check_applied(const VringCursors& vring, std::uint16_t avail, std::uint16_t
 // False, and the queue stopped, if what the guest has made available cannot be true, or its memory has gone.
 template <class Queue>
 bool usable(const GuestMemory& memory, const Queue& queue, const typename Queue::Supply& supply, VringCursors& vring) {
+  must_hold(vring.copies[0] == position_word(vring));  // or a wild store of ours has moved the cursors
   if (memory.faulted()) {  // looked at after the load: the index may be one of the zeroes that stand in for lost pages
     vring.fault.store(QueueFault::kMemoryFault, std::memory_order_release);
     return false;

@@ -194,7 +194,8 @@ std::optional<UsedEntry> GuestQueue::take_used() {
   const std::uint16_t length = std::exchange(chain_length_[index], std::uint16_t{0});
   for (std::uint16_t i = 0; i < length; ++i) {
     free_.push_back(index);
-    index = descriptors_[index].next;
+    // A faulty backend may have written there: no index of ours may come from it unchecked.
+    index = static_cast<std::uint16_t>(descriptors_[index].next & (place_.size - 1));
   }
   --outstanding_;
   return entry;

@@ -195,9 +195,13 @@ std::size_t LoadGuest::receive(std::uint32_t index, const std::function<void(std
 void LoadGuest::remember(const GuestQueue& queue, std::uint32_t vring, std::uint16_t head) {
   Shadow& shadow = shadows_[vring];
   shadow.avail[static_cast<std::uint16_t>(queue.avail_index() - 1) % kRingSize] = head;
-  for (std::uint16_t index = head;; index = shadow.descriptors[index].next) {
+  // Read back from memory that a faulty backend may write: neither an index nor the end of the chain is to be relied
+  // on.
+  std::uint16_t index = head;
+  for (std::uint32_t count = 0; count < kRingSize; ++count) {
     shadow.descriptors[index] = queue.descriptor(index);
     if ((shadow.descriptors[index].flags & VRING_DESC_F_NEXT) == 0) return;
+    index = shadow.descriptors[index].next % kRingSize;
   }
 }
 

@@ -367,6 +367,7 @@ TEST_CASE("packed: cursors of the segment that are no positions stop the queue i
       send_from_uplink(bench.world, kFlow, 0, 3);
       VringCursors& cursors = receive ? bench.state().receive : bench.state().transmit;
       (used ? cursors.next_used : cursors.next_avail) = 0x8000 | kRingSize;
+      copy_positions(cursors, position_word(cursors));
       CHECK_FALSE(bench.pair().transmit.queue.offers(0x8000 | kRingSize));
       while (bench.owner.poll_once()) {
       }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // An owner, and then its heir too, dies by SIGKILL at every probe point; whoever comes next finishes exactly once.
+#include <unistd.h>
+
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <csignal>
 #include <set>
 #include <string>
 
@@ -134,6 +137,32 @@ TEST_CASE("a world without deaths passes the judge, and the judge can fail") {
   stage.flows.send(stage.world, 4, 4);
   ShardStepper heir = stage.heir(2);
   CHECK(take_over_and_judge(stage.world, heir, stage.flows).tally.lost == 1);
+}
+
+TEST_CASE("an owner whose wild store hits its own cursors ends itself, and its heir goes on") {
+  for (const Scenario& scenario : scenarios()) {
+    if (scenario.from_guest > 2 || scenario.from_uplink > 2) continue;
+    for (unsigned bit = 0; bit < 64; ++bit) {
+      INFO(scenario.name << ", bit " << bit);
+      Stage stage(scenario);
+      stage.world.kernels[0].complete(2);
+      stage.flows.send(stage.world, scenario.from_guest, scenario.from_uplink);
+      const bool ended_itself = killed([&] {
+        std::signal(SIGABRT, [](int) { ::kill(::getpid(), SIGKILL); });
+        stage.fence.view_again();
+        ShardStepper owner = stage.heir(2);
+        if (!owner.take_over()) ::_exit(1);
+        QueuePairState& state = stage.world.state();
+        VringCursors& cursors = scenario.from_guest != 0 ? state.transmit : state.receive;
+        reinterpret_cast<unsigned char*>(&cursors)[bit / 8] ^= static_cast<unsigned char>(1u << bit % 8);
+        owner.poll_once();
+      });
+      REQUIRE(ended_itself);
+      stage.fence.kill(2);
+      ShardStepper heir = stage.heir(3);
+      require_clean(take_over_and_judge(stage.world, heir, stage.flows));
+    }
+  }
 }
 
 TEST_CASE("an owner killed at every probe point") {
