@@ -100,7 +100,7 @@ int main(int argc, char** argv) {
   app.add_option("--json", json_file, "Write the figures to this file");
   app.add_option("--rows", filter, "Only rows whose name contains this");
   app.add_option("--jobs", jobs, "Worker processes")->check(CLI::Range(1u, 64u));
-  app.add_flag("--quick", quick, "A few rows only, under a minute");
+  app.add_flag("--quick", quick, "A few rows only: two to three minutes");
   app.add_flag("--deep", deep, "Second crashes after bursts of 32 too, at every instruction: several times as long");
   app.add_flag("--must-fail", must_fail, "Succeed only if harm was found: for engines broken on purpose");
   app.add_flag("--list", list, "Name the rows and leave");
