@@ -181,6 +181,7 @@ class Shard {
   void adopt_generations();
   std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);
   void replay_record(TakeoverTimeline& timeline);
+  void mend(bool record_pending);
   void stop_half_published();
 
   // handover.cpp

@@ -24,16 +24,6 @@ namespace {
 // Frames that a dead owner's bitmap and the kernel disagree about come back within this time, or never.
 constexpr std::uint64_t kSettleLimitNs = 100'000'000;
 
-// What may have been hit by a wild store and can be known otherwise. A stop of which the cause lasts is found again.
-void mend(QueuePairState& pair, std::span<const VringCursors* const> in_record) {
-  for (VringCursors* cursors : {&pair.receive, &pair.transmit}) {
-    // An owner that died in the middle of applying its record left them in between; the record says more than they do.
-    if (std::find(in_record.begin(), in_record.end(), cursors) == in_record.end()) repair_positions(*cursors);
-    if (cursors->fault.load(std::memory_order_relaxed) != QueueFault::kRecordInvalid)
-      cursors->fault.store(QueueFault::kNone, std::memory_order_relaxed);
-  }
-}
-
 }  // namespace
 
 // Whom the owner word names. If its copy names somebody else in the same epoch, a wild store hit one of the two: then
@@ -93,7 +83,9 @@ bool Shard::take_over() {
   timeline.suspect = weigh_death(*config_.segment, config_.index, *config_.fence,
                                  {static_cast<std::uint32_t>(timeline.previous_tag), timeline.verdict});
   adopt_generations();
+  mend(/*record_pending=*/true);
   replay_record(timeline);
+  mend(/*record_pending=*/false);  // the queues of a record that could not be replayed
   for (QueuePair& pair : pairs_) {
     drain_completions(pair);
     if (!frames_add_up(pair)) pair.settling_until_ns = monotonic_ns() + kSettleLimitNs;
@@ -151,14 +143,6 @@ std::shared_ptr<const Device> Shard::find_in_force(const Served& served, std::ui
 
 // Binds every device under the generation that its queue pairs were served with.
 void Shard::adopt_generations() {
-  const RedoRecord& record = state().record;
-  std::array<const VringCursors*, 2> in_record{};
-  if (record_is_valid(record)) {
-    const auto* pairs = config_.segment->queue_pairs;
-    in_record[0] =
-        record.kind == RedoKind::kReceive ? &pairs[record.queue_pair].receive : &pairs[record.queue_pair].transmit;
-    if (record.kind == RedoKind::kForward) in_record[1] = &pairs[record.destination.queue_pair].receive;
-  }
   for (std::uint32_t device = 0; device < kMaxDevices; ++device) {
     Served& served = devices_[device];
     if (!served.uplink) continue;
@@ -172,9 +156,37 @@ void Shard::adopt_generations() {
     }
     served.in_force = device_in_force;
     note_in_force(served, generation);
-    for_each_pair(served, [&in_record](QueuePairState& pair) { mend(pair, in_record); });
   }
   rebuild_pairs();
+}
+
+// What may have been hit by a wild store and can be known otherwise. A stop of which the cause lasts is found again.
+void Shard::mend(bool record_pending) {
+  const RedoRecord& record = state().record;
+  std::array<const VringCursors*, 2> in_record{};
+  if (record_is_valid(record)) {
+    const auto* pairs = config_.segment->queue_pairs;
+    in_record[0] =
+        record.kind == RedoKind::kReceive ? &pairs[record.queue_pair].receive : &pairs[record.queue_pair].transmit;
+    if (record.kind == RedoKind::kForward) in_record[1] = &pairs[record.destination.queue_pair].receive;
+  }
+  for (QueuePair& pair : pairs_) {
+    for (const auto& [bound, cursors] :
+         {std::pair{&pair.receive, &pair.state->receive}, std::pair{&pair.transmit, &pair.state->transmit}}) {
+      if (!bound->queue.bound()) continue;
+      if (record_pending && cursors->fault.load(std::memory_order_relaxed) != QueueFault::kRecordInvalid)
+        cursors->fault.store(QueueFault::kNone, std::memory_order_relaxed);
+      // An owner that died while it applied its record left them in between; the record says more than they do.
+      if (record_pending && std::find(in_record.begin(), in_record.end(), cursors) != in_record.end()) continue;
+      // Of a ring that is to be started anew they are about to be set.
+      if (repair_positions(*cursors) || cursors->start_count != bound->start_count) continue;
+      cursors->fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
+      say(ProblemEvent{device_of(pair.index),
+                       "take over: nobody knows where a virtqueue of queue pair " + std::to_string(pair.index) +
+                           " stands, its dead owner damaged all that says so; that queue is stopped until the guest "
+                           "resets its device"});
+    }
+  }
 }
 
 // Release: whoever reads it knows that nothing is written under an older generation any more.

@@ -173,17 +173,18 @@ constexpr void copy_positions(VringCursors& cursors, std::uint64_t word) {
   cursors.copies[1] = ~word;
 }
 
-/// By an heir, before it uses cursors of a dead owner. A fresh line of zeroes is whole. Three different words are left
-/// alone: such an owner died while it set the cursors for a new start, which start_count tells.
-inline void repair_positions(VringCursors& cursors) {
-  const std::uint64_t copy = cursors.copies[0];
-  if (copy != position_word(cursors) && copy == ~cursors.copies[1]) {
+/// By an heir, before it uses cursors of a dead owner. False: three different words, of which nobody knows which is
+/// right, if any. All copies agree afterwards in either case.
+inline bool repair_positions(VringCursors& cursors) {
+  const std::uint64_t word = position_word(cursors), copy = cursors.copies[0], inverted = ~cursors.copies[1];
+  if (copy == inverted) {
     cursors.next_avail = static_cast<std::uint16_t>(copy);
     cursors.next_used = static_cast<std::uint16_t>(copy >> 16);
     cursors.start_count = static_cast<std::uint32_t>(copy >> 32);
-  } else if (copy == position_word(cursors) || ~cursors.copies[1] == position_word(cursors)) {
-    copy_positions(cursors, position_word(cursors));
+    return true;
   }
+  copy_positions(cursors, word);
+  return word == copy || word == inverted;
 }
 
 constexpr std::uint64_t owner_word(std::uint32_t epoch, std::uint32_t tag) { return std::uint64_t{epoch} << 32 | tag; }

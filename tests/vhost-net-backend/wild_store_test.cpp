@@ -98,3 +98,34 @@ TEST_CASE("a flipped bit in the segment's header is nothing to an heir that has 
       0, offsetof(Segment, shards),
       [](const EngineWorld& world) { return reinterpret_cast<std::byte*>(&world.segment()); }, false);
 }
+
+TEST_CASE("cursors of which no two copies agree stop their virtqueue, and nobody dies of them") {
+  const std::uint64_t layout = GENERATE(from_range(kLayouts));
+  for (const bool receive : {false, true}) {
+    INFO((receive ? "receive" : "transmit"));
+    Scene scene(layout);
+    QueuePairState& state = scene.world.state();
+    VringCursors& cursors = receive ? state.receive : state.transmit;
+    const VringCursors& other = receive ? state.transmit : state.receive;
+    const std::uint64_t moved = other.packets;
+    cursors.next_used ^= 1;
+    cursors.copies[0] ^= 2;
+    ShardStepper heir(scene.world.segment(), scene.fence.view(), kHeir);
+    heir.hold(scene.world.make_ports(), {scene.world.make_device(scene.world.describe(1))});
+    REQUIRE(heir.take_over());
+    while (heir.poll_once()) {
+    }
+    CHECK(cursors.fault.load() == QueueFault::kRecordInvalid);
+    CHECK(other.packets == moved + 3);
+    bool said = false;
+    for (const ShardEvent& event : heir.events()) said = said || std::holds_alternative<ProblemEvent>(event);
+    CHECK(said);
+    // A stop for this reason lasts through the next takeover.
+    scene.fence.kill(kHeir);
+    ShardStepper last(scene.world.segment(), scene.fence.view(), kHeir + 1);
+    last.hold(scene.world.make_ports(), {scene.world.make_device(scene.world.describe(1))});
+    REQUIRE(last.take_over());
+    last.poll_once();
+    CHECK(cursors.fault.load() == QueueFault::kRecordInvalid);
+  }
+}
