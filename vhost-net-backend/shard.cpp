@@ -179,6 +179,7 @@ void Shard::put_in_force(std::uint32_t device) {
     }
     served.in_force = newest;
     rebuild_pairs();
+    mend(/*record_pending=*/false);  // of a ring that goes on, and that no takeover bound
     note_in_force(served, generation);
     // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many
     // is harmless.
