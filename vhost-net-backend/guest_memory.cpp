@@ -150,32 +150,23 @@ Result<std::shared_ptr<GuestMemory>> GuestMemory::map(const DeviceDescription& d
     region.size = in.size;
     region.view = view->data() + (in.mmap_offset - start);
     region.window = window->data() + (in.mmap_offset - start);
-    region.view_mapping = std::move(*view);
-    region.window_mapping = std::move(*window);
+    Mappings& mappings = memory->mappings_[memory->count_];
+    mappings.view = std::move(*view);
+    mappings.window = std::move(*window);
     ++memory->count_;
-    if (!watch_range(region.view_mapping, PROT_READ, &memory->faulted_) ||
-        !watch_range(region.window_mapping, PROT_READ | PROT_WRITE, &memory->faulted_))
+    if (!watch_range(mappings.view, PROT_READ, &memory->faulted_) ||
+        !watch_range(mappings.window, PROT_READ | PROT_WRITE, &memory->faulted_))
       return fail(ErrorKind::kSystem, what + ": too many regions mapped in this process; use fewer NICs per pair");
   }
+  memory->seal_ = memory->checksum();
   return memory;
 }
 
 GuestMemory::~GuestMemory() {
   for (std::uint32_t i = 0; i < count_; ++i) {
-    unwatch_range(regions_[i].view_mapping);
-    unwatch_range(regions_[i].window_mapping);
+    unwatch_range(mappings_[i].view);
+    unwatch_range(mappings_[i].window);
   }
-}
-
-const GuestMemory::Region* GuestMemory::find(std::uint64_t address, std::uint64_t length) const {
-  if (length == 0) return nullptr;
-  for (std::uint32_t i = 0; i < count_; ++i) {
-    const Region& region = regions_[i];
-    // Unsigned wrap makes an address below the region a huge offset: one comparison serves both ends.
-    const std::uint64_t offset = address - region.guest_address;
-    if (offset < region.size && length <= region.size - offset) return &region;
-  }
-  return nullptr;
 }
 
 const GuestMemory::Region* GuestMemory::find_user(std::uint64_t address, std::uint64_t length) const {
@@ -184,20 +175,6 @@ const GuestMemory::Region* GuestMemory::find_user(std::uint64_t address, std::ui
     if (offset < regions_[i].size && length <= regions_[i].size - offset) return &regions_[i];
   }
   return nullptr;
-}
-
-std::span<const std::byte> GuestMemory::view_some(std::uint64_t address, std::uint64_t length) const {
-  const Region* region = find(address, length == 0 ? 0 : 1);
-  if (region == nullptr) return {};
-  const std::uint64_t offset = address - region->guest_address;
-  return {region->view + offset, std::min(length, region->size - offset)};
-}
-
-WritableSpan GuestMemory::authorize_some(std::uint64_t address, std::uint64_t length) const {
-  const Region* region = find(address, length == 0 ? 0 : 1);
-  if (region == nullptr) return {};
-  const std::uint64_t offset = address - region->guest_address;
-  return {region->window + offset, static_cast<std::size_t>(std::min(length, region->size - offset))};
 }
 
 // Apart from find(), on purpose: see second_opinion.hpp.

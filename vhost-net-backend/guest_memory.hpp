@@ -22,6 +22,7 @@
 #include "common/mapping.hpp"
 #include "common/result.hpp"
 #include "common/unique_fd.hpp"
+#include "vhost-net-backend/seal.hpp"
 
 namespace tandem {
 
@@ -66,9 +67,19 @@ class GuestMemory {
   [[nodiscard]] const std::byte* view_again(std::uint64_t address, std::uint64_t length) const;
   /// Longest readable piece at `address`, at most `length` bytes, in one region; empty if none. For data that may cross
   /// regions.
-  [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const;
+  [[nodiscard]] std::span<const std::byte> view_some(std::uint64_t address, std::uint64_t length) const {
+    const Region* region = find(address, 1);
+    if (region == nullptr) return {};
+    const std::uint64_t offset = address - region->guest_address;
+    return {region->view + offset, std::min(length, region->size - offset)};
+  }
   /// The same for writing: call only with a range that a device-writable descriptor of this transaction names.
-  [[nodiscard]] WritableSpan authorize_some(std::uint64_t address, std::uint64_t length) const;
+  [[nodiscard]] WritableSpan authorize_some(std::uint64_t address, std::uint64_t length) const {
+    const Region* region = find(address, 1);
+    if (region == nullptr) return {};
+    const std::uint64_t offset = address - region->guest_address;
+    return {region->window + offset, static_cast<std::size_t>(std::min(length, region->size - offset))};
+  }
 
   /// Front-end (user) address range: vring addresses use these.
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
@@ -78,12 +89,17 @@ class GuestMemory {
   /// stops.
   [[nodiscard]] bool faulted() const { return faulted_.load(std::memory_order_relaxed); }
 
+  /// False: what map() has set was changed since (seal.hpp).
+  [[nodiscard]] bool is_whole() const { return seal_ == checksum(); }
+
  private:
   struct Region {
     std::uint64_t guest_address, user_address, size;
     const std::byte* view;
     std::byte* window;
-    Mapping view_mapping, window_mapping;
+  };
+  struct Mappings {
+    Mapping view, window;
   };
   GuestMemory() = default;
   template <class Base>
@@ -95,12 +111,29 @@ class GuestMemory {
   }
   // The region that `address` lies in.
   [[nodiscard]] const Region* find_again(std::uint64_t address) const;
-  [[nodiscard]] const Region* find(std::uint64_t address, std::uint64_t length) const;
+  [[nodiscard]] const Region* find(std::uint64_t address, std::uint64_t length) const {
+    for (std::uint32_t i = 0; i < count_; ++i) {
+      const Region& region = regions_[i];
+      // Unsigned wrap makes an address below the region a huge offset: one comparison serves both ends.
+      const std::uint64_t offset = address - region.guest_address;
+      if (offset < region.size && length <= region.size - offset) [[likely]]
+        return length == 0 ? nullptr : &region;
+    }
+    return nullptr;
+  }
   [[nodiscard]] const Region* find_user(std::uint64_t address, std::uint64_t length) const;
 
-  Region regions_[kMaxMemoryRegions];
+  [[nodiscard]] std::uint64_t checksum() const {
+    std::uint64_t sum = count_;
+    for (std::uint32_t i = 0; i < count_ && i < kMaxMemoryRegions; ++i) sum ^= fold(regions_[i]);
+    return sum;
+  }
+
   std::uint32_t count_ = 0;
   std::atomic<bool> faulted_{false};
+  std::uint64_t seal_ = 0;
+  Region regions_[kMaxMemoryRegions];
+  Mappings mappings_[kMaxMemoryRegions];
 };
 
 /// While one lives, this thread may write through windows (no-op without protection keys). Not nested.

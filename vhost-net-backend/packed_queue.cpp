@@ -50,6 +50,7 @@ Result<PackedQueue> PackedQueue::bind(const GuestMemory& memory, const VringDesc
   queue.device_event_ = reinterpret_cast<std::uint32_t*>(device_event.data());
   queue.event_index_ = (features & bit(VIRTIO_RING_F_EVENT_IDX)) != 0;
   queue.indirect_ = (features & bit(VIRTIO_RING_F_INDIRECT_DESC)) != 0;
+  queue.seal_ = fold(queue);
   return queue;
 }
 
@@ -94,10 +95,17 @@ bool PackedQueue::is_half_published(std::uint16_t next_used) const {
   return is_published(next_used) && (some_available || !some_old);
 }
 
+std::uint32_t PackedQueue::kick_wish(std::uint16_t next_avail) const {
+  return event_index_ != 0 ? event_word(next_avail, VRING_PACKED_EVENT_FLAG_DESC)
+                           : event_word(0, VRING_PACKED_EVENT_FLAG_ENABLE);
+}
+
+bool PackedQueue::kicks_stand(std::uint16_t next_avail) const {
+  return std::atomic_ref<std::uint32_t>(*device_event_).load(std::memory_order_relaxed) == kick_wish(next_avail);
+}
+
 void PackedQueue::enable_kicks(std::uint16_t next_avail) const {
-  const std::uint32_t wish = event_index_ ? event_word(next_avail, VRING_PACKED_EVENT_FLAG_DESC)
-                                          : event_word(0, VRING_PACKED_EVENT_FLAG_ENABLE);
-  std::atomic_ref<std::uint32_t>(*device_event_).store(wish, std::memory_order_relaxed);
+  std::atomic_ref<std::uint32_t>(*device_event_).store(kick_wish(next_avail), std::memory_order_relaxed);
   // The driver makes a descriptor available, then reads this; we write this, then look at the descriptor: only full
   // fences on both sides exclude that each misses the other.
   std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -114,7 +122,7 @@ bool PackedQueue::wants_call(std::uint16_t before, std::uint16_t after) const {
   const std::uint32_t wish =
       std::atomic_ref<std::uint32_t>(const_cast<std::uint32_t&>(*driver_event_)).load(std::memory_order_relaxed);
   const std::uint32_t flags = wish >> 16 & 3u;  // the other bits are reserved
-  if (flags != VRING_PACKED_EVENT_FLAG_DESC || !event_index_) return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
+  if (flags != VRING_PACKED_EVENT_FLAG_DESC || event_index_ == 0) return flags != VRING_PACKED_EVENT_FLAG_DISABLE;
   const auto event = static_cast<std::uint16_t>(wish);
   if (!is_position(event)) return true;  // the guest's mistake costs it an interrupt
   return distance(before, event) < distance(before, after);

@@ -23,6 +23,7 @@
 #include "common/layout/segment.hpp"
 #include "common/result.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
+#include "vhost-net-backend/seal.hpp"
 
 namespace tandem {
 
@@ -121,12 +122,16 @@ class PackedQueue {
   /// Asks the driver to kick when it makes the slot at `next_avail` available. Followed by a full fence: look at
   /// offers() again before sleeping. Needs WindowOpen.
   void enable_kicks(std::uint16_t next_avail) const;
+  /// Whether enable_kicks() stands as it was asked for; the guest can overwrite it.
+  [[nodiscard]] bool kicks_stand(std::uint16_t next_avail) const;
   /// Asks the driver not to kick. Needs WindowOpen.
   void disable_kicks() const;
   /// Whether the driver wants an interrupt for the used position moving from `before` to `after` (already published).
   [[nodiscard]] bool wants_call(std::uint16_t before, std::uint16_t after) const;
 
-  [[nodiscard]] bool indirect_allowed() const { return indirect_; }
+  [[nodiscard]] bool indirect_allowed() const { return indirect_ != 0; }
+  /// False: what bind() has set was changed since (seal.hpp).
+  [[nodiscard]] bool is_whole() const { return fold(*this) == 0; }
 
  private:
   static constexpr std::uint16_t kAvail = 1u << VRING_PACKED_DESC_F_AVAIL;
@@ -140,6 +145,8 @@ class PackedQueue {
         .load(std::memory_order_acquire);
   }
   [[nodiscard]] bool available(std::uint16_t position) const { return is_available(flags(index(position)), position); }
+  // What enable_kicks() writes.
+  [[nodiscard]] std::uint32_t kick_wish(std::uint16_t next_avail) const;
   // Where `position` stands in two rounds of the ring.
   [[nodiscard]] std::uint32_t in_two_rounds(std::uint16_t position) const {
     return index(position) + ((position & kWrap) != 0 ? 0 : size_);
@@ -160,8 +167,9 @@ class PackedQueue {
   const std::uint32_t* driver_event_ = nullptr;  // struct vring_packed_desc_event as one word, as drivers read it
   std::uint32_t* device_event_ = nullptr;
   std::uint32_t size_ = 0;
-  bool event_index_ = false;
-  bool indirect_ = false;
+  std::uint16_t event_index_ = 0;  // bool, without padding
+  std::uint16_t indirect_ = 0;
+  std::uint64_t seal_ = 0;
 };
 
 }  // namespace tandem

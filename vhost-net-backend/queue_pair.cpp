@@ -42,16 +42,6 @@ std::uint32_t record_crc(const RedoRecord& record) {
   return crc32c_extend(crc, &to, offsetof(RedoDestination, used) + to.used_count * sizeof(RedoUsed));
 }
 
-// What follows from everything before it, looked at in shared memory of our own (never in the guest's, who could break
-// it at will). It fails if our code or registers were damaged: then we die, before the damage is committed, or with the
-// record armed from which an heir makes it good. After look_again() compilers cannot know what they have just stored.
-void look_again() { asm volatile("" ::: "memory"); }
-void must_hold(bool condition) {
-  if constexpr (kProtected)
-    if (!condition) [[unlikely]]
-      std::abort();
-}
-
 // The part of the record that is the same for all directions.
 void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
   RedoRecord& record = pair.shard->record;
@@ -234,6 +224,12 @@ void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint
   must_hold(record.avail_before == vring.next_avail && record.used_before == vring.next_used);
   must_hold((record.packets_after - vring.packets) + (record.dropped_after - vring.dropped) == moved);
   must_hold(record.frame_count == record.producer_after - record.producer_before);
+}
+
+// Before arming, and again before disarming: whether what was staged, and applied, went where it belongs.
+template <class Queue>
+void check_wiring(const QueuePair& pair, const Queue& queue) {
+  must_hold(pair.is_wired() && queue.is_whole());
 }
 
 // After applying, while the record is still armed: whether the cursors are where the burst, as its stager remembers it,
@@ -609,12 +605,14 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   pair.frame_hint = frames.hint();
   check_staged(record, vring, record.used_count);
   must_hold(record.producer_before == port.tx.producer() && record.used_count <= at.slots);
+  check_wiring(pair, queue);
   if (drop) stage_drop(record, pair.state->transmit_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_transmit(pair, queue);
   check_applied(vring, at.position, used_after);
   must_hold(port.tx.producer() == producer_after);
+  check_wiring(pair, queue);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
@@ -693,12 +691,14 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   record.used_after = used_after;
   check_staged(record, vring, taken);
   must_hold(record.consumer_before == port.rx.consumer() && record.used_count <= at.slots);
+  check_wiring(pair, queue);
   if (drop) stage_drop(record, pair.state->receive_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
   arm(pair);
   apply_receive(pair, queue);
   check_applied(vring, at.position, used_after);
   must_hold(port.rx.consumer() == consumer + taken && port.fill.producer() == producer_after);
+  check_wiring(pair, queue);
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
@@ -764,6 +764,8 @@ class Forward {
     destination.used_after = to_queue.next(destination.used_before, to_at_.slots);
     check_staged(record, vring, record.used_count);
     check_delivered(record, to_vring);
+    check_wiring(pair_, queue_);
+    check_wiring(to, to_queue);
     take_in_hand(pair_, PacketPhase::kApply, record.epoch);
     apply(to, to_queue);
     call_if_wanted(to.receive, to_queue, destination.used_before, destination.used_after);
@@ -778,6 +780,8 @@ class Forward {
     arm(pair_);
     apply_delivery(record.destination, to, to_queue);
     apply_departure(pair_, queue_);
+    check_wiring(pair_, queue_);
+    check_wiring(to, to_queue);
     disarm(pair_);
     let_go(pair_);
     count_transaction(*pair_.shard);

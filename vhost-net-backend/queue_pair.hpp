@@ -78,11 +78,23 @@ struct QueuePair {
   std::byte* staging = nullptr;  ///< private; room for one packet of this queue pair, if it has neighbours
   bool has_suspects = false;     ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;
+  std::uint64_t seal = 0;  ///< checksum(), once everything that it covers is set
 
   [[nodiscard]] bool can_transmit() const {
     return transmit.queue.bound() && settling_until_ns == 0 &&
            state->transmit.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
   }
+  /// Over what leads to the rings and to the guest (seal.hpp).
+  [[nodiscard]] std::uint64_t checksum() const {
+    return fold(state) ^ fold(shard) ^ fold(memory) ^ fold(port) ^ generation ^ (std::uint64_t{index} << 32 | epoch) ^
+           (std::uint64_t{header_size} << 1 | std::uint64_t{mergeable}) ^
+           (std::uint64_t{static_cast<std::uint32_t>(receive.call_fd)} << 32 |
+            static_cast<std::uint32_t>(transmit.call_fd));
+  }
+  /// Whether the wiring is still what it was made as, but for the virtqueues.
+  [[nodiscard]] bool is_wired() const { return seal == checksum() && port->is_whole() && memory->is_whole(); }
+  /// With them.
+  [[nodiscard]] bool is_whole() const { return is_wired() && receive.queue.is_whole() && transmit.queue.is_whole(); }
   [[nodiscard]] bool can_receive() const {
     return receive.queue.bound() && state->receive.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
   }

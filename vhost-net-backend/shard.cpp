@@ -14,6 +14,7 @@
 
 #include "common/thread_priority.hpp"
 #include "vhost-net-backend/protection.hpp"
+#include "vhost-net-backend/second_opinion.hpp"
 
 namespace tandem {
 
@@ -218,6 +219,7 @@ void Shard::rebuild_pairs() {
       // Whatever was known before: look once whether the kernel still has frames to take.
       pair.transmit_pending = true;
       load_suspects(pair);
+      pair.seal = pair.checksum();
       pairs_.push_back(pair);
     }
   }
@@ -455,6 +457,7 @@ bool Shard::work_waits() {
 // sign of life.
 void Shard::beat(std::uint64_t now) {
   last_beat_ = now;
+  must_hold(std::all_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return pair.is_whole(); }));
   // The supervisor may have made us an heir's equal while we were taking over.
   if (!real_time_) become_ordinary();
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
@@ -560,13 +563,31 @@ void Shard::poll_as_owner() {
   }
 }
 
+namespace {
+
+// A wish that does not stand is one that the guest has overwritten, or that we fail to write: then nothing would ever
+// wake us.
+void ask_for_kicks(const Virtqueue& queue, std::uint16_t next_avail) {
+  queue.enable_kicks(next_avail);
+  if (kProtected && !queue.kicks_stand(next_avail)) [[unlikely]]
+    confirm_refusal(
+        [&] {
+          queue.enable_kicks(next_avail);
+          return !queue.kicks_stand(next_avail);
+        },
+        [] { return true; });
+}
+
+}  // namespace
+
 void Shard::sleep() {
   if (epoll_stale_) build_epoll();
   {
     const WindowOpen window;
     for (QueuePair& pair : pairs_) {
-      if (pair.can_transmit()) pair.transmit.queue.enable_kicks(pair.state->transmit.next_avail);
-      if (pair.can_receive() && pair.receive_starved) pair.receive.queue.enable_kicks(pair.starved_avail);
+      must_hold(pair.is_whole());
+      if (pair.can_transmit()) ask_for_kicks(pair.transmit.queue, pair.state->transmit.next_avail);
+      if (pair.can_receive() && pair.receive_starved) ask_for_kicks(pair.receive.queue, pair.starved_avail);
     }
   }
   int timeout = kick_fd_missing_ ? kShortSleepMs : -1;

@@ -33,13 +33,13 @@ Result<SplitQueue> SplitQueue::bind(const GuestMemory& memory, const VringDescri
   queue.mask_ = size - 1;
   queue.event_index_ = (features & bit(VIRTIO_RING_F_EVENT_IDX)) != 0;
   queue.indirect_ = (features & bit(VIRTIO_RING_F_INDIRECT_DESC)) != 0;
+  queue.seal_ = fold(queue);
   return queue;
 }
 
 void SplitQueue::enable_kicks(std::uint16_t next_avail) const {
-  if (event_index_) {
-    auto* event = reinterpret_cast<std::uint16_t*>(&used_->ring[mask_ + 1]);
-    std::atomic_ref<std::uint16_t>(*event).store(next_avail, std::memory_order_relaxed);
+  if (event_index_ != 0) {
+    std::atomic_ref<std::uint16_t>(*kick_event(used_)).store(next_avail, std::memory_order_relaxed);
   } else {
     std::atomic_ref<std::uint16_t>(used_->flags).store(0, std::memory_order_relaxed);
   }
@@ -49,14 +49,14 @@ void SplitQueue::enable_kicks(std::uint16_t next_avail) const {
 }
 
 void SplitQueue::disable_kicks() const {
-  if (!event_index_)
+  if (event_index_ == 0)
     std::atomic_ref<std::uint16_t>(used_->flags).store(VRING_USED_F_NO_NOTIFY, std::memory_order_relaxed);
 }
 
 bool SplitQueue::wants_call(std::uint16_t before, std::uint16_t after) const {
   // used.idx was stored before the driver's wish is read; same argument as in enable_kicks.
   std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (event_index_) {
+  if (event_index_ != 0) {
     const std::uint16_t event = load(&avail_->ring[mask_ + 1], std::memory_order_relaxed);
     return vring_need_event(event, after, before) != 0;
   }

@@ -22,6 +22,7 @@
 #include "common/layout/segment.hpp"
 #include "common/result.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
+#include "vhost-net-backend/seal.hpp"
 
 namespace tandem {
 
@@ -118,6 +119,11 @@ class SplitQueue {
   /// Asks the driver to kick when it makes entry `next_avail` available. Followed by a full fence: look at
   /// avail_index() again before sleeping. Needs WindowOpen.
   void enable_kicks(std::uint16_t next_avail) const;
+  /// Whether enable_kicks() stands as it was asked for; the guest can overwrite it.
+  [[nodiscard]] bool kicks_stand(std::uint16_t next_avail) const {
+    return event_index_ != 0 ? load(kick_event(used_view_), std::memory_order_relaxed) == next_avail
+                             : load(&used_view_->flags, std::memory_order_relaxed) == 0;
+  }
   /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: an event index in the past does it. Needs
   /// WindowOpen.
   void disable_kicks() const;
@@ -125,7 +131,9 @@ class SplitQueue {
   /// Whether the driver wants an interrupt for used.idx moving from `before` to `after` (already published).
   [[nodiscard]] bool wants_call(std::uint16_t before, std::uint16_t after) const;
 
-  [[nodiscard]] bool indirect_allowed() const { return indirect_; }
+  [[nodiscard]] bool indirect_allowed() const { return indirect_ != 0; }
+  /// False: what bind() has set was changed since (seal.hpp).
+  [[nodiscard]] bool is_whole() const { return fold(*this) == 0; }
 
  private:
   static std::uint16_t load(const __virtio16* field, std::memory_order order) {
@@ -133,13 +141,21 @@ class SplitQueue {
     return std::atomic_ref<std::uint16_t>(*const_cast<std::uint16_t*>(field)).load(order);
   }
 
+  // avail_event, behind the used ring's last element (2.7.10).
+  template <class Used>
+  [[nodiscard]] auto* kick_event(Used* used) const {
+    using Event = std::conditional_t<std::is_const_v<Used>, const std::uint16_t, std::uint16_t>;
+    return reinterpret_cast<Event*>(&used->ring[mask_ + 1]);
+  }
+
   const vring_desc* desc_ = nullptr;
   const vring_avail* avail_ = nullptr;
   const vring_used* used_view_ = nullptr;
   vring_used* used_ = nullptr;
   std::uint32_t mask_ = 0;
-  bool event_index_ = false;
-  bool indirect_ = false;
+  std::uint16_t event_index_ = 0;  // bool, without padding
+  std::uint16_t indirect_ = 0;
+  std::uint64_t seal_ = 0;
 };
 
 }  // namespace tandem

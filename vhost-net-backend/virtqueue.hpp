@@ -44,6 +44,13 @@ class Virtqueue {
   void enable_kicks(std::uint16_t next_avail) const {
     visit([&](const auto& queue) { queue.enable_kicks(next_avail); });
   }
+  /// False: what bind() has set was changed since (seal.hpp).
+  [[nodiscard]] bool is_whole() const {
+    return !bound() || visit([](const auto& queue) { return queue.is_whole(); });
+  }
+  [[nodiscard]] bool kicks_stand(std::uint16_t next_avail) const {
+    return visit([&](const auto& queue) { return queue.kicks_stand(next_avail); });
+  }
   void disable_kicks() const {
     visit([](const auto& queue) { queue.disable_kicks(); });
   }

@@ -73,6 +73,7 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
   port->umem_size_ = description.umem_size;
   (port->in_memory() ? port->rings_ : port->socket_) = std::move(socket);
   port->umem_ = std::move(umem);
+  port->seal_ = port->checksum();
   return port;
 }
 
@@ -85,6 +86,7 @@ std::unique_ptr<XskPort> XskPort::over_memory(const XskDescription& description,
   port->completion = {rings + description.completion.mmap_offset, description.completion};
   port->frames_ = frames;
   port->umem_size_ = description.umem_size;
+  port->seal_ = port->checksum();
   return port;
 }
 

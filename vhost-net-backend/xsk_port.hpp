@@ -17,6 +17,7 @@
 #include "common/mapping.hpp"
 #include "common/result.hpp"
 #include "common/unique_fd.hpp"
+#include "vhost-net-backend/seal.hpp"
 
 namespace tandem {
 
@@ -52,6 +53,7 @@ class XskRingView {
   std::uint32_t* consumer_ = nullptr;
   Entry* entries_ = nullptr;
   std::uint32_t mask_ = 0;
+  std::uint32_t no_padding_ = 0;  // for fold()
 };
 
 class XskPort {
@@ -98,8 +100,17 @@ class XskPort {
   /// anything else moves on these rings, and never between arm and disarm.
   void play_kernel() const;
 
+  /// False: what map() has set, as far as a burst uses it, was changed since (seal.hpp).
+  [[nodiscard]] bool is_whole() const { return seal_ == checksum(); }
+
  private:
   XskPort() = default;
+  [[nodiscard]] std::uint64_t checksum() const {
+    const auto word = [](std::uint32_t high, std::uint32_t low) { return std::uint64_t{high} << 32 | low; };
+    return fold(rx) ^ fold(tx) ^ fold(fill) ^ fold(completion) ^ fold(frames_) ^ umem_size_ ^
+           word(description_.flags, description_.frame_size) ^ word(description_.rx_frames, description_.tx_frames) ^
+           word(0, description_.max_packet);
+  }
   void play_transmit() const;
   void play_source() const;
   void play_loopback() const;
@@ -109,6 +120,7 @@ class XskPort {
   Mapping maps_[5];
   std::byte* frames_ = nullptr;
   std::uint64_t umem_size_ = 0;
+  std::uint64_t seal_ = 0;
 };
 
 }  // namespace tandem
