@@ -39,7 +39,7 @@ Result<SplitQueue> SplitQueue::bind(const GuestMemory& memory, const VringDescri
 
 void SplitQueue::enable_kicks(std::uint16_t next_avail) const {
   if (event_index_ != 0) {
-    std::atomic_ref<std::uint16_t>(*kick_event(used_)).store(next_avail, std::memory_order_relaxed);
+    std::atomic_ref<std::uint16_t>(*kick_event<std::uint16_t>(used_)).store(next_avail, std::memory_order_relaxed);
   } else {
     std::atomic_ref<std::uint16_t>(used_->flags).store(0, std::memory_order_relaxed);
   }

@@ -121,7 +121,7 @@ class SplitQueue {
   void enable_kicks(std::uint16_t next_avail) const;
   /// Whether enable_kicks() stands as it was asked for; the guest can overwrite it.
   [[nodiscard]] bool kicks_stand(std::uint16_t next_avail) const {
-    return event_index_ != 0 ? load(kick_event(used_view_), std::memory_order_relaxed) == next_avail
+    return event_index_ != 0 ? load(kick_event<const __virtio16>(used_view_), std::memory_order_relaxed) == next_avail
                              : load(&used_view_->flags, std::memory_order_relaxed) == 0;
   }
   /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: an event index in the past does it. Needs
@@ -142,9 +142,8 @@ class SplitQueue {
   }
 
   // avail_event, behind the used ring's last element (2.7.10).
-  template <class Used>
-  [[nodiscard]] auto* kick_event(Used* used) const {
-    using Event = std::conditional_t<std::is_const_v<Used>, const std::uint16_t, std::uint16_t>;
+  template <class Event, class Used>
+  [[nodiscard]] Event* kick_event(Used* used) const {
     return reinterpret_cast<Event*>(&used->ring[mask_ + 1]);
   }
 
