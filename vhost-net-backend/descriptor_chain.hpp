@@ -30,7 +30,8 @@ enum class ChainFault {
   kAddress,
   kTooShort,
   kTooLong,
-  kPoison
+  kPoison,
+  kOffload  ///< asks for what cannot be done to its packet (offload.hpp)
 };
 
 class SplitChain {

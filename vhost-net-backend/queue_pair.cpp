@@ -26,18 +26,18 @@ namespace tandem {
 
 namespace {
 
-// struct virtio_net_hdr_mrg_rxbuf (Virtio 1.2, 5.1.6; linux/virtio_net.h is C only): num_buffers is its last field.
+// struct virtio_net_hdr_mrg_rxbuf (Virtio 1.2, 5.1.6; linux/virtio_net.h is C only): num_buffers follows a NetHeader.
 constexpr std::uint32_t kLongHeader = 12;
-constexpr std::uint32_t kBuffersAt = 10;
+constexpr std::uint32_t kBuffersAt = sizeof(NetHeader);
+constexpr NetHeader kNoOffload{};
 constexpr std::uint32_t kShortestFrame = 14;  // an Ethernet header; less is no packet
 
 std::uint32_t record_crc(const RedoRecord& record) {
   const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-  std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
-  crc = crc32c_extend(crc, record.frames, record.frame_count * sizeof(RedoFrame));
-  crc = crc32c_extend(crc, record.used, record.used_count * sizeof(RedoUsed));
+  const std::uint32_t crc = crc32c_extend(
+      ~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version) + record.used_count * sizeof(RedoUsed));
   if (record.kind != RedoKind::kForward) [[likely]]
-    return crc;
+    return crc32c_extend(crc, record.frames, record.frame_count * sizeof(RedoFrame));
   const RedoDestination& to = record.destination;
   return crc32c_extend(crc, &to, offsetof(RedoDestination, used) + to.used_count * sizeof(RedoUsed));
 }
@@ -303,63 +303,136 @@ struct Progress {
   std::uint32_t slots = 0;  ///< taken since the burst began
 };
 
-// Copies a transmit chain's payload (all but the virtio header) to `frame`. Returns its length, 0 with `fault` set if
-// refused.
+// A packet that leaves a guest: our own copy of it, and of what its driver asks for.
+struct Outgoing {
+  std::byte* bytes = nullptr;  ///< room for one frame; once gathered, the packet: there, or in staging if it is large
+  std::uint32_t length = 0;
+  NetHeader header{};
+  bool large = false;  ///< its driver wants it to be segmented, so it may be longer than a frame
+};
+
+// Takes `size` bytes of the virtio header, of which `seen` were taken before. Once it is whole, it decides where the
+// packet goes. Returns how many bytes the packet may have.
+std::uint32_t take_header(const QueuePair& pair, Outgoing& packet, const std::byte* from, std::uint32_t seen,
+                          std::uint32_t size) {
+  if (seen == 0 && size >= sizeof packet.header) [[likely]]
+    std::memcpy(&packet.header, from, sizeof packet.header);
+  else if (seen < sizeof packet.header)
+    std::memcpy(reinterpret_cast<std::byte*>(&packet.header) + seen, from,
+                std::min<std::size_t>(size, sizeof packet.header - seen));
+  if (seen + size == pair.header_size && packet.header.gso_type != kGsoNone && pair.asked.bits != 0) [[unlikely]] {
+    packet.large = true;
+    packet.bytes = pair.staging;
+    return kLargestPacket;
+  }
+  return pair.port->description().max_packet;
+}
+
+// Copies a transmit chain's packet to where `packet` says, and its header. Sets `fault` if it is refused, and no length.
 template <class Chain>
-std::uint32_t gather(QueuePair& pair, Chain& chain, std::byte* frame, ChainFault& fault) {
-  const std::uint32_t room = pair.port->description().max_packet;
-  std::uint32_t skip = pair.header_size;  // the header may span several descriptors
+void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) {
+  std::uint32_t room = 0;
+  std::uint32_t header = 0;  // bytes of it seen; it may span several descriptors
   std::uint32_t filled = 0;
   std::uint64_t address = 0;
   std::uint32_t length = 0;
   fault = ChainFault::kNone;
   while (chain.next(address, length)) {
-    const std::uint32_t skipped = std::min(skip, length);
-    // Even skipped bytes must lie in memory: a chain is good or bad as a whole.
+    // A chain is good or bad as a whole: also what is not copied must lie in memory.
     std::uint64_t at = address;
     std::uint64_t left = length;
-    skip -= skipped;
-    std::uint32_t ignore = skipped;
     while (left > 0) {
       const std::span<const std::byte> piece = pair.memory->view_some(at, left);
       if (piece.empty()) {
         fault = ChainFault::kAddress;
-        return 0;
+        return;
       }
       must_hold(pair.memory->is_view_of(piece.data(), at));
-      const std::size_t jump = std::min<std::size_t>(ignore, piece.size());
-      ignore -= static_cast<std::uint32_t>(jump);
+      std::size_t jump = 0;
+      if (header < pair.header_size) {
+        jump = std::min<std::size_t>(pair.header_size - header, piece.size());
+        room = take_header(pair, packet, piece.data(), header, static_cast<std::uint32_t>(jump));
+        header += static_cast<std::uint32_t>(jump);
+      }
       const std::size_t copy = piece.size() - jump;
       if (copy > room - filled) {
         fault = ChainFault::kTooLong;
-        return 0;
+        return;
       }
-      std::memcpy(frame + filled, piece.data() + jump, copy);
+      std::memcpy(packet.bytes + filled, piece.data() + jump, copy);
       filled += static_cast<std::uint32_t>(copy);
       at += piece.size();
       left -= piece.size();
     }
   }
   fault = chain.fault();
-  if (fault == ChainFault::kNone && (skip != 0 || filled < kShortestFrame)) fault = ChainFault::kTooShort;
-  return fault == ChainFault::kNone ? filled : 0;
+  if (fault == ChainFault::kNone && (header < pair.header_size || filled < kShortestFrame))
+    fault = ChainFault::kTooShort;
+  if (fault == ChainFault::kNone) packet.length = filled;
 }
 
-// Before a transmit chain is refused.
+// Whether there is something to do about a packet that was gathered.
+bool wants_offload(const QueuePair& pair, const Outgoing& packet) {
+  return asks_for_offload(packet.header) && pair.asked.bits != 0;
+}
+
+// Before a transmit chain is refused. `large`: of the packet that was gathered.
 template <class Queue>
-void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& at, std::uint32_t frame) {
+void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& at, std::uint32_t frame, bool large) {
   const std::uint64_t header = pair.header_size;
-  const std::uint64_t most = header + pair.port->description().max_packet;
-  const ChainNeed need{.writable = false, .least = header + kShortestFrame, .most = most, .look = most + 1};
   std::byte* bytes = pair.port->frame(pair.port->transmit_address(frame), pair.port->description().frame_size);
   confirm_refusal(
       [&] {
         ChainFault fault = ChainFault::kNone;
         typename Queue::Chain again(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
-        gather(pair, again, bytes, fault);
+        Outgoing packet{bytes};
+        gather(pair, again, packet, fault);
+        large = packet.large;  // or a guest that changes its mind would make the two disagree
         return !again.finish() || fault != ChainFault::kNone;
       },
-      [&] { return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need); });
+      [&] {
+        const std::uint64_t most = header + (large ? kLargestPacket : pair.port->description().max_packet);
+        const ChainNeed need{.writable = false, .least = header + kShortestFrame, .most = most, .look = most + 1};
+        return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need);
+      });
+}
+
+// What a packet of this pair may ask for, whoever it is for: more segments than the uplink can have at a time would
+// wait for ever.
+OffloadLimits limits_of(const QueuePair& pair) {
+  const XskDescription& uplink = pair.port->description();
+  return {uplink.max_packet, std::min({kBurstFrames, uplink.tx_frames, pair.port->tx.size()})};
+}
+
+// The request of a packet; nothing, confirmed, if it cannot be honoured. Both opinions look at our own copy, so a guest
+// cannot make them disagree.
+std::optional<Offload> find_offload(const QueuePair& pair, const Outgoing& packet) {
+  const std::span<const std::byte> bytes{packet.bytes, packet.length};
+  std::optional<Offload> found = check_offload(packet.header, pair.asked, bytes, limits_of(pair));
+  if (!found) [[unlikely]]
+    confirm_refusal([&] { return !check_offload(packet.header, pair.asked, bytes, limits_of(pair)); },
+                    [&] { return offload_is_good(packet.header, pair.asked, bytes, limits_of(pair)); });
+  return found;
+}
+
+// Cuts a packet into frames and adds them to the record, all or none. False: there are not enough of them now. `room`:
+// entries that the TX ring and the record have for this burst.
+bool stage_segments(QueuePair& pair, FramePicker& frames, std::uint32_t room, const Outgoing& packet,
+                    const Offload& offload) {
+  RedoRecord& record = pair.shard->record;
+  XskPort& port = *pair.port;
+  if (offload.segments > room - record.frame_count) return false;
+  RedoFrame* const first = record.frames + record.frame_count;
+  for (std::uint32_t n = 0; n < offload.segments; ++n) {
+    const std::uint32_t frame = frames.peek();
+    if (frame == kTransmitFrames) return false;
+    frames.take(frame);
+    first[n] = {static_cast<std::uint32_t>(port.transmit_address(frame)), segment_length(offload, packet.length, n)};
+  }
+  for (std::uint32_t n = 0; n < offload.segments; ++n)
+    write_segment(offload, {packet.bytes, packet.length}, n, port.frame(first[n].address, first[n].length));
+  record.frame_count = static_cast<std::uint16_t>(record.frame_count + offload.segments);
+  return true;
 }
 
 // Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
@@ -422,16 +495,17 @@ class Scatter {
 // One receive chain with as much of a packet as found room.
 template <class Queue>
 struct Filled {
-  Filled(QueuePair& pair, const Queue& queue, const Progress& at, bool first, const std::byte* packet,
+  // `header`: what the packet begins with; nullptr: this chain goes on with it.
+  Filled(QueuePair& pair, const Queue& queue, const Progress& at, const NetHeader* header, const std::byte* packet,
          std::uint32_t length)
       : scatter(*pair.memory, queue, at.position, at.slots) {
-    if (first) {
-      // All fields zero: no offloads. num_buffers, the last two bytes of 12, is known only at the end.
-      static constexpr std::byte kHeader[kLongHeader] = {};
-      written = static_cast<std::uint32_t>(scatter.write(kHeader, std::min(pair.header_size, kBuffersAt)));
+    if (header != nullptr) {
+      // num_buffers, the last two bytes of 12, is known only at the end.
+      written = static_cast<std::uint32_t>(scatter.write(reinterpret_cast<const std::byte*>(header), sizeof *header));
       for (std::uint32_t i = kBuffersAt; i < pair.header_size && written == i; ++i) {
+        static constexpr std::byte kZero{};
         buffers_field[i - kBuffersAt] = scatter.position();
-        written += static_cast<std::uint32_t>(scatter.write(kHeader, 1));
+        written += static_cast<std::uint32_t>(scatter.write(&kZero, 1));
       }
       complete = written == pair.header_size;
     }
@@ -452,9 +526,9 @@ struct Filled {
 
 // Before a receive chain is refused: as bad, or, with `all`, as one that does not hold the whole packet.
 template <class Queue>
-void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at, bool first, const std::byte* packet,
-                         std::uint32_t length, bool all) {
-  const std::uint64_t header = first ? pair.header_size : 0;
+void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at, const NetHeader* net,
+                         const std::byte* packet, std::uint32_t length, bool all) {
+  const std::uint64_t header = net != nullptr ? pair.header_size : 0;
   constexpr std::uint64_t kAny = ~std::uint64_t{0};
   const ChainNeed need{.writable = true,
                        .least = all ? header + length : std::max<std::uint64_t>(header, 1),
@@ -462,7 +536,7 @@ void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at
                        .look = header + length};
   confirm_refusal(
       [&] {
-        const Filled<Queue> again(pair, queue, at, first, packet, length);
+        const Filled<Queue> again(pair, queue, at, net, packet, length);
         return !again.ended || again.bad() || (all && again.copied < length);
       },
       [&] { return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need); });
@@ -475,7 +549,7 @@ enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEnd
 // RedoDestination in it.
 template <class Queue, class Record>
 Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
-             const std::byte* packet, std::uint32_t length, Progress& at) {
+             const NetHeader& header, const std::byte* packet, std::uint32_t length, Progress& at) {
   const std::uint16_t first_used = record.used_count;
   const Progress begin = at;
   // The packet is given up, and what it had taken goes back empty: partly written, and the ring's order must be kept.
@@ -487,7 +561,7 @@ Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename
   std::uint32_t done = 0;
   do {
     if (buffers > 0 && !pair.mergeable) {
-      confirm_bad_receive(pair, queue, begin, true, packet, length, true);
+      confirm_bad_receive(pair, queue, begin, &header, packet, length, true);
       give_back_empty();
       return Placed::kTooLarge;
     }
@@ -495,14 +569,15 @@ Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename
       record.used_count = first_used;
       return Placed::kNoBuffers;
     }
-    if (record.used_count == kBurstUsed) {
+    if (record.used_count == std::size(record.used)) {
       record.used_count = first_used;
       at = begin;
       return first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom;
     }
-    Filled<Queue> filled(pair, queue, at, buffers == 0, packet + done, length - done);
+    const NetHeader* const net = buffers == 0 ? &header : nullptr;
+    Filled<Queue> filled(pair, queue, at, net, packet + done, length - done);
     if (!filled.ended || filled.bad()) [[unlikely]]
-      confirm_bad_receive(pair, queue, at, buffers == 0, packet + done, length - done, false);
+      confirm_bad_receive(pair, queue, at, net, packet + done, length - done, false);
     if (buffers == 0) buffers_field = filled.buffers_field;
     done += filled.copied;
     if (!filled.ended) {
@@ -548,7 +623,8 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   if (!usable(*pair.memory, queue, supply, vring) || !supply.has(at.position, 0)) return 0;
   drain_completions(pair);
   const std::uint32_t producer = port.tx.producer();
-  const std::uint32_t room = port.tx.size() - std::min(producer - port.tx.consumer(), port.tx.size());
+  const std::uint32_t room =
+      std::min(port.tx.size() - std::min(producer - port.tx.consumer(), port.tx.size()), kBurstFrames);
   RedoRecord& record = pair.shard->record;
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
@@ -568,18 +644,29 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     const std::uint64_t address = port.transmit_address(frame);
     ChainFault fault = ChainFault::kPoison;
     typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
-    const std::uint32_t length =
-        drop ? 0 : gather(pair, chain, port.frame(address, port.description().frame_size), fault);
-    TANDEM_PROBE_PACKET(port.frame(address, length), length);
+    Outgoing packet{port.frame(address, port.description().frame_size)};
+    if (!drop) gather(pair, chain, packet, fault);
+    TANDEM_PROBE_PACKET(packet.bytes, packet.length);
     endless = !chain.finish();
     if ((fault != ChainFault::kNone && !drop) || endless) [[unlikely]]
-      confirm_bad_transmit(pair, queue, at, frame);
+      confirm_bad_transmit(pair, queue, at, frame, packet.large);
     if (endless) break;
     if constexpr (kNeighbours) {
       // The first one goes: a moment ago forward_from() found it to be for nobody here.
-      if (record.used_count != 0 && fault == ChainFault::kNone &&
-          find_neighbour(pair, port.frame(address, length)) != nullptr)
-        break;
+      if (record.used_count != 0 && fault == ChainFault::kNone && find_neighbour(pair, packet.bytes) != nullptr) break;
+    }
+    bool segmented = false;
+    if (fault == ChainFault::kNone && wants_offload(pair, packet)) [[unlikely]] {
+      const std::optional<Offload> offload = find_offload(pair, packet);
+      if (!offload) {
+        fault = ChainFault::kOffload;
+      } else if (offload->is_segmented()) {
+        segmented = true;
+        no_room = !stage_segments(pair, frames, room, packet, *offload);
+        if (no_room) break;
+      } else {
+        complete_checksum(*offload, {packet.bytes, packet.length});
+      }
     }
     add_used(record, chain, 0);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
@@ -587,10 +674,12 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
       ++record.dropped_after;
       continue;
     }
-    frames.take(frame);
-    record.frames[record.frame_count++] = {address, length, 0};
+    if (!segmented) [[likely]] {
+      frames.take(frame);
+      record.frames[record.frame_count++] = {static_cast<std::uint32_t>(address), packet.length};
+    }
     ++record.packets_after;
-    record.bytes_after += length;
+    record.bytes_after += packet.length;
   }
   if (no_room) pair.transmit_pending = true;  // the kernel has to finish some first
   if (!may_go_on(pair, vring, endless, record.used_count != 0)) {
@@ -651,12 +740,12 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
       if (drop || packet == nullptr || descriptor.len == 0 || !port.is_receive_frame(descriptor.addr)) {
         ++record.dropped_after;  // poison; or the kernel does not do this, a damaged ring does
         if (port.is_receive_frame(descriptor.addr))
-          record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
+          record.frames[record.frame_count++] = {static_cast<std::uint32_t>(port.frame_start(descriptor.addr)), 0};
         continue;
       }
       TANDEM_PROBE_PACKET(packet, descriptor.len);
       Progress after = at;
-      const Placed placed = place(pair, record, queue, supply, packet, descriptor.len, after);
+      const Placed placed = place(pair, record, queue, supply, kNoOffload, packet, descriptor.len, after);
       endless = placed == Placed::kEndless;
       if (endless || placed == Placed::kNoRecordRoom) break;
       if (placed == Placed::kNoBuffers) {
@@ -671,7 +760,7 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
       } else {
         ++record.dropped_after;
       }
-      record.frames[record.frame_count++] = {port.frame_start(descriptor.addr), 0, 0};
+      record.frames[record.frame_count++] = {static_cast<std::uint32_t>(port.frame_start(descriptor.addr)), 0};
     }
   }
   // In one store: an heir that looks while a round goes on must not take a starved queue for one that is passed by.
@@ -736,10 +825,16 @@ class Forward {
       return nullptr;
     chain_.emplace(*pair_.memory, queue_, at_.position, /*writable=*/false, at_.slots);
     ChainFault fault = ChainFault::kNone;
-    length_ = gather(pair_, *chain_, pair_.staging, fault);
-    TANDEM_PROBE_PACKET(pair_.staging, length_);
+    packet_ = {pair_.staging};
+    gather(pair_, *chain_, packet_, fault);
+    TANDEM_PROBE_PACKET(packet_.bytes, packet_.length);
     if (!chain_->finish() || fault != ChainFault::kNone) return nullptr;
-    return find_neighbour(pair_, pair_.staging);
+    QueuePair* const to = find_neighbour(pair_, packet_.bytes);
+    offload_.reset();
+    if (to == nullptr || !wants_offload(pair_, packet_)) [[likely]]
+      return to;
+    offload_ = find_offload(pair_, packet_);
+    return offload_ ? to : nullptr;
   }
 
   template <class ToQueue>
@@ -803,12 +898,12 @@ class Forward {
     record.overflow_after = vring.overflow;
   }
 
-  static void check_delivered(const RedoRecord& record, const VringCursors& vring) {
+  void check_delivered(const RedoRecord& record, const VringCursors& vring) const {
     const RedoDestination& to = record.destination;
     must_hold(to.avail_before == vring.next_avail && to.used_before == vring.next_used);
     must_hold((to.packets_after - vring.packets) + (to.dropped_after - vring.dropped) +
                   (to.overflow_after - vring.overflow) ==
-              record.used_count);
+              arrivals_);
   }
 
   // From the packet that was read on, as many as are for `to`. Returns whether any of its buffers were written.
@@ -821,39 +916,97 @@ class Forward {
     // A neighbour that is stopped, now or since long, takes nothing: to the sender it is like a full ring.
     const bool takes = to.can_receive() && usable(*to.memory, to_queue, buffers, vring);
     do {
-      const Placed placed = takes ? deliver(to, to_queue, buffers) : Placed::kNoBuffers;
+      Arrival arrival;
+      const Placed placed = takes ? deliver(to, to_queue, buffers, arrival) : Placed::kNoBuffers;
       if (placed == Placed::kNoRecordRoom) break;
       if (placed == Placed::kEndless) {
         // What precedes such a chain is moved first.
         if (record.used_count == 0) vring.fault.store(QueueFault::kEndlessChain, std::memory_order_release);
         break;
       }
-      count(record, placed);
+      if (!takes) arrival.overflow = 1;
+      count(record, arrival);
       add_used(record, *chain_, 0);
       at_ = {queue_.next(at_.position, chain_->slots()), at_.slots + chain_->slots()};
     } while (record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to);
     return takes;
   }
 
+  // What became of a packet at its receiver: of each of its segments, if it had to be cut.
+  struct Arrival {
+    std::uint32_t packets = 0, dropped = 0, overflow = 0;
+    std::uint64_t bytes = 0;
+
+    void add(Placed placed, std::uint32_t length) {
+      if (placed == Placed::kDone) [[likely]] {
+        ++packets;
+        bytes += length;
+      } else {
+        ++(placed == Placed::kNoBuffers ? overflow : dropped);
+      }
+    }
+  };
+
   template <class ToQueue>
-  Placed deliver(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers) {
+  Placed deliver(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers, Arrival& arrival) {
     const WindowOpen window;
+    NetHeader header = kNoOffload;
+    if (offload_) [[unlikely]] {
+      if (to.taken.has_all(offload_->needed))
+        header = header_for_receiver(*offload_, packet_.header);
+      else if (offload_->is_segmented())
+        return deliver_segments(to, to_queue, buffers, arrival);
+      else
+        complete_checksum(*offload_, {packet_.bytes, packet_.length});
+    }
+    const Placed placed = deliver_one(to, to_queue, buffers, header, packet_.bytes, packet_.length);
+    arrival.add(placed, packet_.length);
+    return placed;
+  }
+
+  template <class ToQueue>
+  Placed deliver_one(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers,
+                     const NetHeader& header, const std::byte* bytes, std::uint32_t length) {
     Progress after = to_at_;
-    const Placed placed = place(to, pair_.shard->record.destination, to_queue, buffers, pair_.staging, length_, after);
+    const Placed placed =
+        place(to, pair_.shard->record.destination, to_queue, buffers, header, bytes, length, after);
     if (placed != Placed::kNoBuffers) to_at_ = after;
     return placed;
   }
 
-  void count(RedoRecord& record, Placed placed) const {
+  // For a receiver that does not take the packet as it is: each segment is a packet to it, and finds buffers or not. All
+  // in this one transaction, or none: kNoRecordRoom, kEndless.
+  template <class ToQueue>
+  Placed deliver_segments(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers,
+                          Arrival& arrival) {
+    RedoDestination& record = pair_.shard->record.destination;
+    const Progress begin = to_at_;
+    const std::uint16_t first_used = record.used_count;
+    std::byte* const segment = pair_.staging + kLargestPacketRoom;
+    for (std::uint32_t n = 0; n < offload_->segments; ++n) {
+      const std::uint32_t length = write_segment(*offload_, {packet_.bytes, packet_.length}, n, segment);
+      Placed placed = deliver_one(to, to_queue, buffers, kNoOffload, segment, length);
+      // With nothing else in the record there never will be room: what is left is too large for it.
+      if (placed == Placed::kNoRecordRoom && first_used == 0) placed = Placed::kTooLarge;
+      if (placed == Placed::kNoRecordRoom || placed == Placed::kEndless) {
+        record.used_count = first_used;
+        to_at_ = begin;
+        return placed;
+      }
+      arrival.add(placed, length);
+    }
+    return Placed::kDone;
+  }
+
+  void count(RedoRecord& record, const Arrival& arrival) {
     RedoDestination& to = record.destination;
     ++record.packets_after;
-    record.bytes_after += length_;
-    if (placed == Placed::kDone) [[likely]] {
-      ++to.packets_after;
-      to.bytes_after += length_;
-    } else {
-      ++(placed == Placed::kNoBuffers ? to.overflow_after : to.dropped_after);
-    }
+    record.bytes_after += packet_.length;
+    to.packets_after += arrival.packets;
+    to.bytes_after += arrival.bytes;
+    to.dropped_after += arrival.dropped;
+    to.overflow_after += arrival.overflow;
+    arrivals_ += arrival.packets + arrival.dropped + arrival.overflow;
   }
 
   QueuePair& pair_;
@@ -861,7 +1014,9 @@ class Forward {
   Progress at_;       ///< in the transmit virtqueue
   Progress to_at_{};  ///< in the receive virtqueue
   std::optional<typename Queue::Chain> chain_;
-  std::uint32_t length_ = 0;  ///< of the packet in the staging buffer
+  Outgoing packet_;                 ///< in the staging buffer
+  std::optional<Offload> offload_;  ///< what its driver asks for
+  std::uint64_t arrivals_ = 0;      ///< packets and segments of this burst that the receiver's counters are to tell of
 };
 
 // Whether one virtqueue's part of a record fits what is found: its cursors as they were before the burst or as they are
@@ -969,9 +1124,9 @@ bool record_is_valid(const RedoRecord& record) {
   return word != 0 && record.version == kRedoVersion &&
          (record.kind == RedoKind::kTransmit || record.kind == RedoKind::kReceive ||
           (record.kind == RedoKind::kForward && record.frame_count == 0 &&
-           record.destination.used_count <= kBurstUsed && record.destination.queue_pair < kMaxQueuePairs &&
+           record.destination.used_count <= kBurstFrames && record.destination.queue_pair < kMaxQueuePairs &&
            record.destination.queue_pair != record.queue_pair)) &&
-         record.frame_count <= kBurstPackets && record.used_count <= kBurstUsed && record.queue_pair < kMaxQueuePairs &&
+         record.frame_count <= kBurstFrames && record.used_count <= kBurstUsed && record.queue_pair < kMaxQueuePairs &&
          record.epoch == static_cast<std::uint32_t>(word >> 32) &&
          record_crc(record) == static_cast<std::uint32_t>(word);
 }

@@ -14,6 +14,7 @@
 
 #include "common/layout/segment.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
+#include "vhost-net-backend/offload.hpp"
 #include "vhost-net-backend/virtqueue.hpp"
 #include "vhost-net-backend/xsk_port.hpp"
 
@@ -63,6 +64,8 @@ struct QueuePair {
   XskPort* port = nullptr;
   std::uint32_t header_size = 12;  ///< 12 with VERSION_1 or MRG_RXBUF, else 10 (Virtio 1.2, 5.1.6)
   bool mergeable = false;
+  OffloadSet asked;  ///< what the guest's driver may ask for; without kChecksum its requests are not looked at
+  OffloadSet taken;  ///< what it takes of other guests
   BoundQueue receive, transmit;
   std::uint32_t frame_hint = 0;   ///< where to look first for a free transmit frame; private, any value will do
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
@@ -75,7 +78,9 @@ struct QueuePair {
   /// Of one shard, all served by its thread; the pointers are good until the queue pairs are built anew. Empty:
   /// everything goes to the uplink.
   std::vector<Neighbour> neighbours;
-  std::byte* staging = nullptr;  ///< private; room for one packet of this queue pair, if it has neighbours
+  /// Private: room for one packet of kLargestPacket, and behind it, from kLargestPacketRoom on, for one segment. For what
+  /// goes to a neighbour, and for what is to be segmented.
+  std::byte* staging = nullptr;
   bool has_suspects = false;     ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;
   std::uint64_t seal = 0;  ///< checksum(), once everything that it covers is set
@@ -87,7 +92,9 @@ struct QueuePair {
   /// Over what leads to the rings and to the guest (seal.hpp).
   [[nodiscard]] std::uint64_t checksum() const {
     return fold(state) ^ fold(shard) ^ fold(memory) ^ fold(port) ^ generation ^ (std::uint64_t{index} << 32 | epoch) ^
-           (std::uint64_t{header_size} << 1 | std::uint64_t{mergeable}) ^
+           (std::uint64_t{header_size} << 1 | std::uint64_t{mergeable} | std::uint64_t{asked.bits} << 32 |
+            std::uint64_t{taken.bits} << 48) ^
+           fold(staging) ^
            (std::uint64_t{static_cast<std::uint32_t>(receive.call_fd)} << 32 |
             static_cast<std::uint32_t>(transmit.call_fd));
   }

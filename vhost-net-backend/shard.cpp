@@ -214,6 +214,9 @@ void Shard::rebuild_pairs() {
       constexpr std::uint64_t kLongHeader = std::uint64_t{1} << 32 | std::uint64_t{1} << 15;  // VERSION_1, MRG_RXBUF
       pair.header_size = (description.features & kLongHeader) != 0 ? 12 : 10;
       pair.mergeable = (description.features & (std::uint64_t{1} << 15)) != 0;
+      pair.asked = OffloadSet::asked_by_guest(description.features);
+      pair.taken = OffloadSet::taken_by_guest(description.features);
+      pair.staging = staging_.data();
       pair.receive = receive;
       pair.transmit = transmit;
       // Whatever was known before: look once whether the kernel still has frames to take.
@@ -236,19 +239,15 @@ void Shard::find_neighbours() {
   std::vector<QueuePair*> receivers[kMaxDevices];
   for (QueuePair& pair : pairs_)
     if (pair.receive.queue.bound()) receivers[device_of(pair.index)].push_back(&pair);
-  std::size_t longest = 0;
   for (QueuePair& pair : pairs_) {
     const std::uint32_t device = device_of(pair.index);
     const UplinkPorts& uplink = *devices_[device].uplink;
-    longest = std::max<std::size_t>(longest, pair.port->description().max_packet);
     for (std::uint32_t other = 0; uplink.group != 0 && other < kMaxDevices; ++other) {
       if (other == device || receivers[other].empty() || devices_[other].uplink->group != uplink.group) continue;
       const std::size_t n = (pair.index - uplink.first_queue_pair) % receivers[other].size();
       pair.neighbours.push_back({devices_[other].uplink->mac, receivers[other][n]});
     }
   }
-  staging_.resize(longest);
-  for (QueuePair& pair : pairs_) pair.staging = staging_.data();
 }
 
 // Before the first sleep with these pairs, so that no takeover waits for it.

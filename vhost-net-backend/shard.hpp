@@ -212,7 +212,8 @@ class Shard {
   std::uint32_t epoch_ = 0;
   std::vector<Served> devices_{kMaxDevices};
   std::vector<QueuePair> pairs_;
-  std::vector<std::byte> staging_;  // what passes from one guest to another; of one packet at a time
+  // QueuePair::staging, of one packet at a time. Made with the shard, because a takeover has no time for it.
+  std::vector<std::byte> staging_ = std::vector<std::byte>(kLargestPacketRoom + kXskLargeFrame);
   std::vector<bool> receive_event_armed_;
   bool kick_fd_missing_ = false;
   bool epoll_stale_ = true;  // pairs_ have changed since it was built

@@ -49,7 +49,15 @@ inline constexpr std::uint32_t kMaxMtu = 9216;
 
 /// Virtio feature bits of Virtio 1.2, 5.1.3 and 6, as masks (linux/virtio_net.h cannot be included from C++).
 namespace virtio_feature {
+inline constexpr std::uint64_t kCsum = 1ull << 0;
+inline constexpr std::uint64_t kGuestCsum = 1ull << 1;
 inline constexpr std::uint64_t kMtu = 1ull << 3;
+inline constexpr std::uint64_t kGuestTso4 = 1ull << 7;
+inline constexpr std::uint64_t kGuestTso6 = 1ull << 8;
+inline constexpr std::uint64_t kGuestEcn = 1ull << 9;
+inline constexpr std::uint64_t kHostTso4 = 1ull << 11;
+inline constexpr std::uint64_t kHostTso6 = 1ull << 12;
+inline constexpr std::uint64_t kHostEcn = 1ull << 13;
 inline constexpr std::uint64_t kMrgRxbuf = 1ull << 15;
 inline constexpr std::uint64_t kStatus = 1ull << 16;
 inline constexpr std::uint64_t kCtrlVq = 1ull << 17;
@@ -71,7 +79,7 @@ struct VhostUserDeviceConfig {
   std::uint32_t first_start_count = 0;
 };
 
-/// Everything the datapath can do and nothing else: no offloads, no MAC (QEMU owns it), no migration log.
+/// Everything the datapath can do and nothing else: no MAC (QEMU owns it), no UDP segmentation, no migration log.
 std::uint64_t default_virtio_features() noexcept;
 std::uint64_t default_protocol_features() noexcept;
 

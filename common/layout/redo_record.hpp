@@ -14,11 +14,15 @@
 
 namespace tandem {
 
-inline constexpr std::uint32_t kRedoVersion = 3;
+inline constexpr std::uint32_t kRedoVersion = 4;
 /// Packets in one burst at the most.
 inline constexpr std::uint32_t kBurstPackets = 32;
 /// Used elements in one burst at the most: a mergeable packet takes several receive buffers.
 inline constexpr std::uint32_t kBurstUsed = 128;
+/// Frames in one burst at the most, or used elements that a forward gives its receiver. A packet that is segmented here
+/// enters the record as a whole, so this is also how many segments it may have: 64 KiB with 131 bytes each, which is
+/// less than any maximum segment size in use. With it, frames or destination fill 4 KiB.
+inline constexpr std::uint32_t kBurstFrames = 504;
 
 enum class RedoKind : std::uint16_t {
   kTransmit = 1,  ///< guest's transmit virtqueue -> uplink
@@ -27,10 +31,9 @@ enum class RedoKind : std::uint16_t {
 };
 
 /// A frame of the uplink's UMEM. Transmit: what to send. Receive: what goes back to the fill ring (length unused).
-struct RedoFrame {
-  std::uint64_t address;  ///< byte offset in the UMEM
+struct alignas(8) RedoFrame {
+  std::uint32_t address;  ///< byte offset in the UMEM
   std::uint32_t length;   ///< bytes
-  std::uint32_t reserved;
 };
 
 /// A chain that goes back to the guest, host byte order; little endian on the wire.
@@ -49,12 +52,12 @@ struct RedoDestination {
   std::uint16_t avail_before, avail_after;
   std::uint16_t used_before, used_after;
   std::uint64_t packets_after, bytes_after, dropped_after, overflow_after;
-  RedoUsed used[kBurstUsed];
+  RedoUsed used[kBurstFrames];
 };
 
 struct alignas(64) RedoRecord {
-  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element and frame, and of
-  /// a forward's destination to its last used element.
+  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element, and of the frames,
+  /// or of a forward's destination to its last used element.
   std::atomic<std::uint64_t> arm;
 
   std::uint32_t version;
@@ -70,18 +73,19 @@ struct alignas(64) RedoRecord {
   std::uint32_t consumer_before, consumer_after;  ///< receive: the RX ring's consumer
   std::uint32_t producer_before, producer_after;  ///< transmit: TX ring's producer; receive: fill ring's producer
   std::uint64_t packets_after, bytes_after, dropped_after;  ///< the queue's counters once applied
-  RedoFrame frames[kBurstPackets];
   RedoUsed used[kBurstUsed];
-  RedoDestination destination;  ///< forward only
+  union {
+    RedoFrame frames[kBurstFrames];  ///< transmit and receive
+    RedoDestination destination;     ///< forward
+  };
 };
 
-static_assert(sizeof(RedoFrame) == 16 && sizeof(RedoUsed) == 8);
+static_assert(sizeof(RedoFrame) == 8 && sizeof(RedoUsed) == 8);
 static_assert(offsetof(RedoRecord, version) == 8);
 static_assert(offsetof(RedoRecord, generation) == 40);
-static_assert(offsetof(RedoRecord, frames) == 88);
-static_assert(offsetof(RedoRecord, used) == 88 + 32 * 16);
-static_assert(offsetof(RedoRecord, destination) == 88 + 32 * 16 + 128 * 8);
-static_assert(offsetof(RedoDestination, used) == 56);
+static_assert(offsetof(RedoRecord, used) == 88);
+static_assert(offsetof(RedoRecord, frames) == 88 + 128 * 8 && offsetof(RedoRecord, destination) == 88 + 128 * 8);
+static_assert(offsetof(RedoDestination, used) == 56 && sizeof(RedoDestination) == 4096 - 8);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
 }  // namespace tandem

@@ -20,7 +20,7 @@
 namespace tandem {
 
 inline constexpr std::uint64_t kSegmentMagic = 0x314d45444e4154ull;  // "TANDEM1"
-inline constexpr std::uint32_t kSegmentVersion = 3;
+inline constexpr std::uint32_t kSegmentVersion = 4;
 inline constexpr std::uint32_t kMaxShards = 8;
 inline constexpr std::uint32_t kMaxDevices = 64;
 inline constexpr std::uint32_t kMaxQueuePairs = 256;

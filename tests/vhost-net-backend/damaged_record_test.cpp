@@ -56,9 +56,9 @@ struct Trial {
 
 void sign(RedoRecord& record) {
   const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-  std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
-  crc = crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstPackets) * sizeof(RedoFrame));
+  std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version));
   crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
+  crc = crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstFrames) * sizeof(RedoFrame));
   record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
 }
 
@@ -101,10 +101,10 @@ TEST_CASE("a flipped bit anywhere in an armed record: it is not replayed") {
     for (const std::uint32_t packets : {1u, 3u}) {
       const Crashed crashed(receive, packets, layout);
       Trial trial(layout);
-      const std::size_t tail = offsetof(RedoRecord, used) + crashed.world.record().used_count * sizeof(RedoUsed);
-      const std::size_t frames_end = offsetof(RedoRecord, frames) + packets * sizeof(RedoFrame);
+      const std::size_t used_end = offsetof(RedoRecord, used) + crashed.world.record().used_count * sizeof(RedoUsed);
+      const std::size_t tail = offsetof(RedoRecord, frames) + packets * sizeof(RedoFrame);
       for (std::size_t byte = 0; byte < tail; ++byte) {
-        if (byte >= frames_end && byte < offsetof(RedoRecord, used)) continue;  // not in use
+        if (byte >= used_end && byte < offsetof(RedoRecord, frames)) continue;  // not in use
         for (unsigned bit = 0; bit < 8; ++bit) {
           trial.world.copy_from(crashed.world);
           reinterpret_cast<unsigned char*>(&trial.world.record())[byte] ^= static_cast<unsigned char>(1u << bit);
@@ -126,7 +126,7 @@ TEST_CASE("bits that the record does not use change nothing") {
   const Crashed crashed(false, 2, 0);
   Trial trial(0);
   trial.world.copy_from(crashed.world);
-  trial.world.record().frames[2].address = ~std::uint64_t{0};
+  trial.world.record().frames[2].address = ~0u;
   trial.world.record().used[2].id = 0xffff;
   ShardStepper heir(trial.world.segment(), crashed.fence.view(), 2);
   heir.hold(trial.ports, {trial.device});
@@ -147,7 +147,7 @@ std::vector<Lie> lies(bool receive) {
       {"of another version", [](EngineWorld&, RedoRecord& r) { r.version = kRedoVersion + 1; }, false},
       {"of no kind", [](EngineWorld&, RedoRecord& r) { r.kind = RedoKind{0}; }, false},
       {"of an unknown kind", [](EngineWorld&, RedoRecord& r) { r.kind = RedoKind{7}; }, false},
-      {"too many frames", [](EngineWorld&, RedoRecord& r) { r.frame_count = kBurstPackets + 1; }, false},
+      {"too many frames", [](EngineWorld&, RedoRecord& r) { r.frame_count = kBurstFrames + 1; }, false},
       {"too many used elements", [](EngineWorld&, RedoRecord& r) { r.used_count = kBurstUsed + 1; }, false},
       {"no such queue pair", [](EngineWorld&, RedoRecord& r) { r.queue_pair = kMaxQueuePairs; }, false},
       {"queue pair that is not served", [](EngineWorld&, RedoRecord& r) { r.queue_pair = 5; }, false},
@@ -175,12 +175,14 @@ std::vector<Lie> lies(bool receive) {
       {"producer that does not fit the frames", [](EngineWorld&, RedoRecord& r) { ++r.producer_after; }},
       {"frame of the other kind",
        [receive](EngineWorld& w, RedoRecord& r) {
-         r.frames[0].address = receive ? w.kernels[0].description().umem_size - 512 : 0;
+         r.frames[0].address = receive ? static_cast<std::uint32_t>(w.kernels[0].description().umem_size) - 512 : 0;
        }},
       {"frame beyond the memory",
-       [](EngineWorld& w, RedoRecord& r) { r.frames[0].address = w.kernels[0].description().umem_size + 512; }},
+       [](EngineWorld& w, RedoRecord& r) {
+         r.frames[0].address = static_cast<std::uint32_t>(w.kernels[0].description().umem_size) + 512;
+       }},
       {"frame at the top of the address space",
-       [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~std::uint64_t{511}; }},
+       [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~511u; }},
       {"cursors of the segment elsewhere",
        [receive](EngineWorld& w, RedoRecord&) {
          VringCursors& cursors = receive ? w.state().receive : w.state().transmit;

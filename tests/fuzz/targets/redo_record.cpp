@@ -97,7 +97,8 @@ class Site {
     record.producer_before = transmit ? port.tx.producer() : port.fill.producer();
     record.producer_after = record.producer_before + count;
     for (std::uint16_t i = 0; i < count; ++i) {
-      record.frames[i] = {transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512, 64, 0};
+      record.frames[i] = {static_cast<std::uint32_t>(transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512),
+                          64};
       record.used[i] = {i, 1, 76};
     }
     seal();
@@ -106,10 +107,10 @@ class Site {
   void seal() {
     RedoRecord& record = world_.record();
     const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-    std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
-    crc =
-        crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstPackets) * sizeof(RedoFrame));
+    std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version));
     crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
+    crc =
+        crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstFrames) * sizeof(RedoFrame));
     record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
   }
 
@@ -120,7 +121,7 @@ class Site {
     std::span<std::byte> area;
     switch (where % 8) {
       case 0:  // the head of the record has most of the fields
-        area = {reinterpret_cast<std::byte*>(&world_.record()), offsetof(RedoRecord, frames)};
+        area = {reinterpret_cast<std::byte*>(&world_.record()), offsetof(RedoRecord, used)};
         break;
       case 1:
         area = {reinterpret_cast<std::byte*>(&world_.record()), sizeof(RedoRecord)};
