@@ -127,7 +127,7 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   // How far the warm-up moves each ring decides where they have to begin for the burst to wrap.
   EngineWorld rehearsal(row_.shape);
   FakeFence fence;
-  Flows flows(kMatrixFlow);
+  Flows flows(row_.flow);
   prepare(rehearsal, fence, flows);
   // Of a forward, each of its two rings once.
   const GuestQueue& queue = row_.receive                                ? rehearsal.nics[0].receive
@@ -137,7 +137,7 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   // Packed: positions count slots; as many a packet as in the warm-up.
   const std::uint32_t before =
       queue.entries_taken() + (queue.packed() ? (queue.entries_taken() * row_.burst / kWarmUp + 1) / 2 : half);
-  const std::uint32_t xsk_before = kWarmUp + half;
+  const std::uint32_t xsk_before = (kWarmUp + half) * row_.flow.segments;
   // Enough that it does not become negative; packed: odd, so that the second round begins there.
   const std::uint32_t rounds = queue.packed() ? before / queue.size() / 2 * 2 + 3 : 2;
   if (row_.wrap == Wrap::kRing) {
@@ -150,7 +150,7 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
   world_ = std::make_unique<EngineWorld>(row_.shape);
   trial_ = std::make_unique<EngineWorld>(row_.shape);
   fence_ = std::make_unique<FakeFence>();
-  flows_ = std::make_unique<Flows>(kMatrixFlow);
+  flows_ = std::make_unique<Flows>(row_.flow);
   devices_ = devices(*trial_);
   ports_ = make_ports(*trial_);
 }

@@ -65,6 +65,7 @@ WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool 
 std::vector<MatrixRow> matrix() {
   std::vector<MatrixRow> rows;
   bool packed = false, forward = false;
+  enum class Offload { kNone, kCut, kWhole } offload = Offload::kNone;
   const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
                        std::uint32_t burst, Situation situation = Situation::kPlain) {
     MatrixRow row;
@@ -79,6 +80,14 @@ std::vector<MatrixRow> matrix() {
     row.nested = burst <= 2 && (event_index || !packed) && (!forward || (event_index && wrap == Wrap::kIndex));
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (forward) row.shape.devices = row.shape.queue_pairs = 2;
+    if (offload != Offload::kNone) {
+      row.flow = PacketFlow::to_cut(3, offload == Offload::kWhole);
+      row.shape.nic.features |= feature::kAsksOffloads;
+      if (offload == Offload::kWhole) row.shape.nic.features |= feature::kTakesOffloads;
+      row.shape.nic.slot_size = 192;  // a virtio header of 12 bytes, and the longest of these packets has 174
+      if (forward && !packed) row.shape.nic.queue_size = 128;
+      if (forward && packed) row.shape.nic.queue_size = burst <= 2 ? 64 + 5 : 400 + 5;
+    }
     if (forward && packed && mergeable) row.shape.nic.queue_size = (burst <= 2 ? 32 : 288) + 5;
     if (situation == Situation::kFull) row.shape.xsk.tx_entries = burst / 2;
     if (situation == Situation::kFull && packed) row.shape.nic.queue_size = 2 * burst + 7;  // the warm-up jams it too
@@ -86,14 +95,19 @@ std::vector<MatrixRow> matrix() {
                            : !receive  ? "guest->uplink"
                            : !transmit ? "uplink->guest"
                                        : "both ways") +
-               (packed ? ", packed, " : ", ") + name(style) + (mergeable ? ", mergeable" : "") +
+               (packed ? ", packed" : "") +
+               (offload == Offload::kNone    ? ", "
+                : offload == Offload::kWhole ? ", to be segmented but taken whole, "
+                                             : ", to be segmented, ") +
+               name(style) + (mergeable ? ", mergeable" : "") +
                (event_index ? ", EVENT_IDX" : "") + name(situation) + ", " + name(wrap, packed) + ", burst " +
                std::to_string(burst);
     // One of each kind, so that every option occurs.
     row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
                 : situation == Situation::kPoison
                     ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
-                    : situation == Situation::kPlain && event_index &&
+                    : offload != Offload::kNone ? burst == 1 && style == ChainStyle::kChained
+                : situation == Situation::kPlain && event_index &&
                           (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                        : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
                                              mergeable == (receive || forward));
@@ -119,7 +133,23 @@ std::vector<MatrixRow> matrix() {
       for (const bool mergeable : {false, true})
         for (const Situation situation : {Situation::kStarved, Situation::kBadChain, Situation::kPoison})
           add(true, false, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst, situation);
+    // One packet in, several out, in one transaction: to another guest, which takes them as they are or does not.
+    for (const Offload how : {Offload::kCut, Offload::kWhole})
+      for (const std::uint32_t burst : {1u, 2u, 32u})
+        for (const bool mergeable : {false, true}) {
+          offload = how;
+          add(true, false, mergeable ? ChainStyle::kChained : ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
+          if (burst == 2) add(true, false, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
+        }
     forward = false;
+    // To the uplink, of which the burst of 32 finds the TX ring too short: it takes what fits as a whole.
+    offload = Offload::kCut;
+    for (const std::uint32_t burst : {1u, 2u, 32u})
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+        add(true, false, style, false, true, Wrap::kIndex, burst);
+    for (const Situation situation : {Situation::kFull, Situation::kBadChain, Situation::kPoison})
+      add(true, false, ChainStyle::kDirect, false, true, Wrap::kIndex, 8, situation);
+    offload = Offload::kNone;
     // A round of the poll loop that has work in both directions: two transactions, one record.
     for (const std::uint32_t burst : {1u, 2u, 32u})
       for (const bool mergeable : {false, true})

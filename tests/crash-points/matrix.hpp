@@ -34,9 +34,9 @@ struct MatrixRow {
   bool nested = false;  ///< a second crash at every instruction of the takeover too
   bool quick = false;   ///< part of the short run
   WorldShape shape;     ///< its first indices are set by the trial, which knows what the warm-up uses
+  PacketFlow flow{18, 120};
 };
 
-inline const PacketFlow kMatrixFlow{18, 120};
 /// Packets that cross each way before the burst, so that nothing is at its beginning.
 inline constexpr std::uint32_t kWarmUp = 3;
 

@@ -278,7 +278,7 @@ std::uint32_t send_from_guest(EngineWorld& world, const PacketFlow& flow, std::u
   std::uint32_t done = 0;
   for (; done < count; ++done) {
     const std::uint32_t length = flow.write(first + done, room);
-    if (!world.nics[pair].send({room.data(), length})) break;
+    if (!world.nics[pair].send({room.data(), length}, flow.header())) break;
   }
   world.nics[pair].transmit.publish();
   return done;

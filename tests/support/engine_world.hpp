@@ -26,6 +26,9 @@
 namespace tandem::test {
 
 namespace feature {
+/// CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN; and the same for the other direction.
+inline constexpr std::uint64_t kAsksOffloads = 1u << 0 | 1u << 11 | 1u << 12 | 1u << 13;
+inline constexpr std::uint64_t kTakesOffloads = 1u << 1 | 1u << 7 | 1u << 8 | 1u << 9;
 inline constexpr std::uint64_t kMergeable = std::uint64_t{1} << 15;
 inline constexpr std::uint64_t kIndirect = std::uint64_t{1} << 28;
 inline constexpr std::uint64_t kEventIndex = std::uint64_t{1} << 29;

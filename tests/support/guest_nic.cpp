@@ -10,6 +10,7 @@ namespace tandem::test {
 
 namespace {
 // Virtio 1.2: 5.1.3 and 6.
+constexpr unsigned kGuestCsum = 1;
 constexpr unsigned kMergeable = 15;
 constexpr unsigned kEventIndex = 29;
 constexpr unsigned kVersion1 = 32;
@@ -69,7 +70,7 @@ std::optional<std::uint16_t> GuestNic::add(GuestQueue& queue, std::uint64_t slot
   return style == ChainStyle::kIndirect ? queue.add_indirect(pieces, table) : queue.add(pieces);
 }
 
-bool GuestNic::send(std::span<const std::byte> packet) {
+bool GuestNic::send(std::span<const std::byte> packet, const NetHeaderBytes& net) {
   const std::uint32_t index = sent_ % shape_.queue_size;
   const std::uint32_t header = shape_.header_size();
   const auto length = static_cast<std::uint32_t>(header + packet.size());
@@ -78,6 +79,7 @@ bool GuestNic::send(std::span<const std::byte> packet) {
   const std::uint64_t slot = transmit_slot(index);
   if (!add(transmit, slot, length, false, shape_.transmit, transmit_tables_ + index * kTableBytes)) return false;
   std::memset(space_->at(slot), 0, header);
+  std::memcpy(space_->at(slot), net.data(), net.size());
   std::memcpy(space_->at(slot) + header, packet.data(), packet.size());
   ++sent_;
   return true;
@@ -120,10 +122,11 @@ bool GuestNic::take(std::vector<std::byte>& packet) {
     const std::uint64_t slot = receive_slot(slot_of_[used->id]);
     const std::byte* bytes = space_->at(slot);
     if (used->length < header || used->length > shape_.receive_slot_bytes() ||
-        std::any_of(bytes, bytes + 10, [](std::byte byte) { return byte != std::byte{0}; })) {
+        (!shape_.has(kGuestCsum) && std::any_of(bytes, bytes + 10, [](std::byte byte) { return byte != std::byte{0}; }))) {
       ++protocol_errors_;
       continue;
     }
+    std::memcpy(taken_header_.data(), bytes, taken_header_.size());
     std::uint16_t buffers = 1;
     if (header == 12) std::memcpy(&buffers, bytes + 10, sizeof buffers);
     if (buffers == 0 || (buffers > 1 && !shape_.mergeable())) ++protocol_errors_;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "tests/support/guest_rings.hpp"
+#include "tests/support/packets.hpp"
 
 namespace tandem::test {
 
@@ -44,8 +45,9 @@ class GuestNic {
   GuestNic(const GuestSpace& space, std::uint64_t address, const NicShape& shape);
   void rebase(const GuestSpace& space);
 
-  /// Queues a packet for sending; false when the ring is full. Not visible before transmit.publish().
-  bool send(std::span<const std::byte> packet);
+  /// Queues a packet for sending; false when the ring is full. Not visible before transmit.publish(). `header`: what is
+  /// asked of the device.
+  bool send(std::span<const std::byte> packet, const NetHeaderBytes& header = {});
   /// Takes back what the device has sent. Returns the number of chains.
   std::uint32_t reap();
   /// Posts up to `most` receive buffers and publishes them; returns how many.
@@ -56,8 +58,11 @@ class GuestNic {
 
   GuestQueue receive, transmit;
 
+  /// Of the packet that take() gave last, without num_buffers.
+  [[nodiscard]] const NetHeaderBytes& taken_header() const { return taken_header_; }
   [[nodiscard]] std::uint32_t empty_returns() const { return empty_returns_; }
-  /// Headers or lengths that no device may write: num_buffers wrong, offload fields set, longer than the buffer.
+  /// Headers or lengths that no device may write: num_buffers wrong, offload fields set that the driver
+  /// does not take, longer than the buffer.
   [[nodiscard]] std::uint32_t protocol_errors() const { return protocol_errors_; }
   [[nodiscard]] std::uint64_t receive_slot(std::uint32_t slot) const {
     return receive_slots_ + slot * shape_.receive_slot_bytes();
@@ -82,6 +87,7 @@ class GuestNic {
   std::vector<Piece> pieces_;
   std::uint32_t empty_returns_ = 0;
   std::uint32_t protocol_errors_ = 0;
+  NetHeaderBytes taken_header_{};
 };
 
 }  // namespace tandem::test

@@ -29,7 +29,12 @@ bool let_go(const EngineWorld& world);
 
 /// The flows of one trial: what has entered the rings so far, and what has come out.
 struct Flows {
-  explicit Flows(const PacketFlow& packets) : flow(packets), uplink(packets), guest(packets) {}
+  explicit Flows(const PacketFlow& packets) : flow(packets), uplink(packets), guest(whole(packets)) {}
+  // Nobody cuts what comes from the uplink.
+  static PacketFlow whole(PacketFlow flow) {
+    flow.whole = true;
+    return flow;
+  }
   PacketFlow flow;
   Ledger uplink, guest;
   std::uint32_t from_guest = 0, from_uplink = 0;
