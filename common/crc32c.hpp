@@ -28,6 +28,9 @@ constexpr std::array<std::uint32_t, 256> make_crc32c_table() {
 inline constexpr std::array<std::uint32_t, 256> kCrc32cTable = make_crc32c_table();
 }  // namespace detail
 
+/// crc32c_extend() over the eight bytes of `word`, as this CPU stores it.
+inline std::uint32_t crc32c_word(std::uint32_t crc, std::uint64_t word);
+
 /// Extends `crc` (start with ~0u, no final inversion: only equality matters here) over `size` bytes; same value on
 /// every CPU.
 inline std::uint32_t crc32c_extend(std::uint32_t crc, const void* data, std::size_t size) {
@@ -45,6 +48,10 @@ inline std::uint32_t crc32c_extend(std::uint32_t crc, const void* data, std::siz
 #endif
   for (; size > 0; --size, ++bytes) crc = (crc >> 8) ^ detail::kCrc32cTable[(crc ^ *bytes) & 0xffu];
   return crc;
+}
+
+inline std::uint32_t crc32c_word(std::uint32_t crc, std::uint64_t word) {
+  return crc32c_extend(crc, &word, sizeof word);
 }
 
 }  // namespace tandem

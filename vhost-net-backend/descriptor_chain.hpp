@@ -66,6 +66,8 @@ class SplitChain {
     return false;
   }
 
+  /// Whether the buffer that next() gave was the last one.
+  [[nodiscard]] bool ended() const { return !more_; }
   [[nodiscard]] ChainFault fault() const { return fault_; }
   [[nodiscard]] static bool finish() { return true; }
   [[nodiscard]] std::uint16_t id() const { return head_; }
@@ -138,6 +140,7 @@ class PackedChain {
     return true;
   }
 
+  [[nodiscard]] bool ended() const { return !more_ && table_left_ == 0; }
   [[nodiscard]] ChainFault fault() const { return fault_; }
   /// Walks to the end of the chain. False: it has none within what the driver made available.
   [[nodiscard]] bool finish() {

@@ -81,6 +81,22 @@ class GuestMemory {
     return {region->window + offset, static_cast<std::size_t>(std::min(length, region->size - offset))};
   }
 
+  /// Brings what view_some() and authorize_some() would give into this CPU's cache: a hint, for any address.
+  void prefetch_view(std::uint64_t address) const {
+    if (const Region* region = find(address, 2 * std::uint64_t{kCacheLine}); region != nullptr) {
+      const std::byte* at = region->view + (address - region->guest_address);
+      __builtin_prefetch(at);
+      __builtin_prefetch(at + kCacheLine);
+    }
+  }
+  void prefetch_window(std::uint64_t address) const {
+    if (const Region* region = find(address, 2 * std::uint64_t{kCacheLine}); region != nullptr) {
+      const std::byte* at = region->window + (address - region->guest_address);
+      prefetch_to_write(at);
+      prefetch_to_write(at + kCacheLine);
+    }
+  }
+
   /// Front-end (user) address range: vring addresses use these.
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
@@ -93,6 +109,15 @@ class GuestMemory {
   [[nodiscard]] bool is_whole() const { return seal_ == checksum(); }
 
  private:
+  static constexpr std::uint32_t kCacheLine = 64;
+  static void prefetch_to_write(const std::byte* at) {
+#if defined(__x86_64__)
+    // The compiler's own, with the instruction set that DPDK asks for, would fetch the line to read.
+    asm volatile("prefetchw %0" : : "m"(*at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+  }
   struct Region {
     std::uint64_t guest_address, user_address, size;
     const std::byte* view;
@@ -104,6 +129,8 @@ class GuestMemory {
   GuestMemory() = default;
   template <class Base>
   [[nodiscard]] bool is_mapped_by(Base Region::*base, const std::byte* at, std::uint64_t address) const {
+    // Worked out once more, and not taken from what find() has just worked out.
+    asm volatile("" : "+r"(at), "+r"(address));
     return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
       const std::uint64_t offset = address - region.guest_address;
       return offset < region.size && region.*base + offset == at;

@@ -98,6 +98,11 @@ class PackedQueue {
   }
   [[nodiscard]] static constexpr std::uint32_t index(std::uint16_t position) { return position & ~kWrap & 0xffffu; }
 
+  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching only.
+  [[nodiscard]] std::uint64_t glance(std::uint16_t position) const {
+    return std::atomic_ref<__le64>(const_cast<__le64&>(view_[index(position)].addr)).load(std::memory_order_relaxed);
+  }
+
   /// Giving back. The slot at `before` is written last, for it publishes all: the driver looks at one slot only, the
   /// one after the last it took. write_used() writes all other slots, publish_used() that one. Both need WindowOpen,
   /// and neither may be called again once is_published(before, ...), for then the driver may have taken everything and

@@ -6,6 +6,7 @@
 // the same run.
 #include "vhost-net-backend/queue_pair.hpp"
 
+#include <rte_memcpy.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 #include <cstring>
 #include <optional>
 
-#include "common/crc32c.hpp"
+#include "common/layout/redo_checksum.hpp"
 #include "vhost-net-backend/descriptor_chain.hpp"
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
@@ -31,16 +32,6 @@ constexpr std::uint32_t kLongHeader = 12;
 constexpr std::uint32_t kBuffersAt = sizeof(NetHeader);
 constexpr NetHeader kNoOffload{};
 constexpr std::uint32_t kShortestFrame = 14;  // an Ethernet header; less is no packet
-
-std::uint32_t record_crc(const RedoRecord& record) {
-  const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-  const std::uint32_t crc = crc32c_extend(
-      ~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version) + record.used_count * sizeof(RedoUsed));
-  if (record.kind != RedoKind::kForward) [[likely]]
-    return crc32c_extend(crc, record.frames, record.frame_count * sizeof(RedoFrame));
-  const RedoDestination& to = record.destination;
-  return crc32c_extend(crc, &to, offsetof(RedoDestination, used) + to.used_count * sizeof(RedoUsed));
-}
 
 // The part of the record that is the same for all directions.
 void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
@@ -66,7 +57,7 @@ void arm(QueuePair& pair) {
   TANDEM_PROBE(kStaged);
   // The commit point. Release: payload, record and everything before it are visible to whoever sees the arm word.
   if constexpr (kProtected)
-    record.arm.store(std::uint64_t{record.epoch} << 32 | record_crc(record), std::memory_order_release);
+    record.arm.store(std::uint64_t{record.epoch} << 32 | redo_checksum(record), std::memory_order_release);
   TANDEM_PROBE(kArmed);
 }
 
@@ -266,34 +257,27 @@ bool may_go_on(const QueuePair& pair, VringCursors& vring, bool endless, bool st
   return false;
 }
 
-// Hands out transmit frames that are neither busy nor given out in this burst. It passes over each word of the bitmap
-// once, so that a frame staged but not yet marked is never met again.
+// Hands out transmit frames that are neither busy nor given out in this burst, the lowest first: those that came back a
+// moment ago, which are in the cache. It passes over each word of the bitmap once, so that a frame staged but not yet
+// marked is never met again.
 class FramePicker {
  public:
   explicit FramePicker(const QueuePair& pair)
-      : busy_(pair.state->transmit_busy), words_(pair.port->description().tx_frames / 64) {
-    word_ = pair.frame_hint % words_;
-    left_ = words_;
-  }
+      : busy_(pair.state->transmit_busy), words_(pair.port->description().tx_frames / 64) {}
   /// A free frame, or kTransmitFrames if there is none. The frame counts as given out only after take().
   std::uint32_t peek() {
-    while (left_ > 0) {
+    for (; word_ < words_; ++word_, taken_ = 0) {
       const std::uint64_t free = ~(busy_[word_] | taken_);
       if (free != 0) return word_ * 64 + static_cast<std::uint32_t>(std::countr_zero(free));
-      word_ = word_ + 1 == words_ ? 0 : word_ + 1;
-      taken_ = 0;
-      --left_;
     }
     return kTransmitFrames;
   }
   void take(std::uint32_t frame) { taken_ |= std::uint64_t{1} << (frame % 64); }
-  [[nodiscard]] std::uint32_t hint() const { return word_; }
 
  private:
   const std::uint64_t* busy_;
   std::uint32_t words_;
   std::uint32_t word_ = 0;
-  std::uint32_t left_ = 0;
   std::uint64_t taken_ = 0;
 };
 
@@ -301,6 +285,46 @@ class FramePicker {
 struct Progress {
   std::uint16_t position;   ///< where the next chain begins
   std::uint32_t slots = 0;  ///< taken since the burst began
+};
+
+// The C library's is better for long ones, and its call costs more than a short one.
+void copy_packet(std::byte* to, const std::byte* from, std::size_t size) {
+  if (size <= 256) [[likely]]
+    rte_memcpy(to, from, size);
+  else
+    std::memcpy(to, from, size);
+}
+
+// So many chains ahead of the one in hand, buffers are called into the cache: they come from the guest's CPU.
+constexpr std::uint32_t kAhead = 4;
+
+// For each chain of a burst, before it is read.
+template <class Queue>
+class Lookahead {
+ public:
+  Lookahead(const GuestMemory& memory, const Queue& queue, const typename Queue::Supply& supply, bool writable)
+      : memory_(memory), queue_(queue), supply_(supply), writable_(writable) {}
+  // The burst is at `at`. A chain takes one slot or more, so a chain of several is looked at too late rather than twice.
+  void at(const Progress& at) {
+    while (ahead_.slots < at.slots + kAhead) {
+      if (ahead_.slots < at.slots) ahead_ = at;
+      if (!supply_.has(ahead_.position, ahead_.slots)) return;
+      const std::uint64_t address = queue_.glance(ahead_.position);
+      if (writable_)
+        memory_.prefetch_window(address);
+      else
+        memory_.prefetch_view(address);
+      ahead_ = {queue_.next(ahead_.position, 1), ahead_.slots + 1};
+    }
+  }
+  void begin(std::uint16_t position) { ahead_ = {position}; }
+
+ private:
+  const GuestMemory& memory_;
+  const Queue& queue_;
+  const typename Queue::Supply& supply_;
+  bool writable_;
+  Progress ahead_{};
 };
 
 // A packet that leaves a guest: our own copy of it, and of what its driver asks for.
@@ -328,6 +352,20 @@ std::uint32_t take_header(const QueuePair& pair, Outgoing& packet, const std::by
   return pair.port->description().max_packet;
 }
 
+// Header and packet in one buffer, and that in one region: what today's drivers do, unless the packet is to be segmented.
+// False if it is not so, or not good: then the general way, below, finds out.
+bool gather_whole(const QueuePair& pair, std::uint64_t address, std::uint32_t length, Outgoing& packet) {
+  const std::uint32_t header = pair.header_size;
+  if (length < header + kShortestFrame || length - header > pair.port->description().max_packet) return false;
+  const std::byte* piece = pair.memory->view(address, length);
+  if (piece == nullptr) return false;
+  must_hold(pair.memory->is_view_of(piece, address));
+  take_header(pair, packet, piece, 0, header);
+  copy_packet(packet.bytes, piece + header, length - header);
+  packet.length = length - header;
+  return true;
+}
+
 // Copies a transmit chain's packet to where `packet` says, and its header. Sets `fault` if it is refused, and no length.
 template <class Chain>
 void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) {
@@ -337,7 +375,10 @@ void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) 
   std::uint64_t address = 0;
   std::uint32_t length = 0;
   fault = ChainFault::kNone;
-  while (chain.next(address, length)) {
+  bool more = chain.next(address, length);
+  if (more && chain.ended() && gather_whole(pair, address, length, packet)) [[likely]]
+    return;
+  for (; more; more = chain.next(address, length)) {
     // A chain is good or bad as a whole: also what is not copied must lie in memory.
     std::uint64_t at = address;
     std::uint64_t left = length;
@@ -359,7 +400,7 @@ void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) 
         fault = ChainFault::kTooLong;
         return;
       }
-      std::memcpy(packet.bytes + filled, piece.data() + jump, copy);
+      copy_packet(packet.bytes + filled, piece.data() + jump, copy);
       filled += static_cast<std::uint32_t>(copy);
       at += piece.size();
       left -= piece.size();
@@ -451,13 +492,19 @@ class Scatter {
     while (done < size) {
       if (span_.size() == used_ && !advance()) break;
       const std::size_t copy = std::min(size - done, span_.size() - used_);
-      if (data != nullptr) std::memcpy(span_.data() + used_, data + done, copy);
+      copy_packet(span_.data() + used_, data + done, copy);
       used_ += copy;
       done += copy;
     }
     return done;
   }
   [[nodiscard]] ChainFault fault() const { return fault_ != ChainFault::kNone ? fault_ : chain_.fault(); }
+  // The next `size` bytes, to be written by the caller, if they are in one piece.
+  [[nodiscard]] std::byte* take_whole(std::size_t size) {
+    if ((span_.size() == used_ && !advance()) || span_.size() - used_ < size) return nullptr;
+    used_ += size;
+    return span_.data() + used_ - size;
+  }
   // Where the next byte would go; for the header of which one field is patched later.
   [[nodiscard]] std::byte* position() {
     if (span_.size() == used_ && !advance()) return nullptr;
@@ -499,7 +546,15 @@ struct Filled {
   Filled(QueuePair& pair, const Queue& queue, const Progress& at, const NetHeader* header, const std::byte* packet,
          std::uint32_t length)
       : scatter(*pair.memory, queue, at.position, at.slots) {
-    if (header != nullptr) {
+    std::byte* whole = header != nullptr ? scatter.take_whole(std::size_t{pair.header_size} + length) : nullptr;
+    if (whole != nullptr) [[likely]] {
+      std::memcpy(whole, header, sizeof *header);
+      std::memset(whole + kBuffersAt, 0, pair.header_size - kBuffersAt);
+      buffers_field = {whole + kBuffersAt, whole + kBuffersAt + 1};
+      copy_packet(whole + pair.header_size, packet, length);
+      written = pair.header_size;
+      copied = length;
+    } else if (header != nullptr) {
       // num_buffers, the last two bytes of 12, is known only at the end.
       written = static_cast<std::uint32_t>(scatter.write(reinterpret_cast<const std::byte*>(header), sizeof *header));
       for (std::uint32_t i = kBuffersAt; i < pair.header_size && written == i; ++i) {
@@ -509,7 +564,7 @@ struct Filled {
       }
       complete = written == pair.header_size;
     }
-    if (complete) copied = static_cast<std::uint32_t>(scatter.write(packet, length));
+    if (complete && whole == nullptr) copied = static_cast<std::uint32_t>(scatter.write(packet, length));
     written += copied;
     ended = scatter.chain().finish();
   }
@@ -629,12 +684,15 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
+  Lookahead ahead(*pair.memory, queue, supply, /*writable=*/false);
+  ahead.begin(at.position);
   const Suspected& suspect = pair.transmit_suspect;
   bool no_room = false, endless = false, drop = false;
   while (record.used_count < kBurstPackets && !drop && supply.has(at.position, at.slots)) {
     const std::uint32_t frame = frames.peek();
     no_room = frame == kTransmitFrames || record.frame_count >= room;
     if (no_room) break;
+    ahead.at(at);
     const std::uint32_t position = transmit_position(pair, at.position);
     take_in_hand(pair, PacketPhase::kTransmit, position);
     if (suspect.is_condemned(position)) [[unlikely]] {
@@ -691,7 +749,6 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   record.producer_after = producer_after;
   record.avail_after = at.position;
   record.used_after = used_after;
-  pair.frame_hint = frames.hint();
   check_staged(record, vring, record.used_count);
   must_hold(record.producer_before == port.tx.producer() && record.used_count <= at.slots);
   check_wiring(pair, queue);
@@ -729,7 +786,12 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   bool endless = false, drop = false;
   {
     const WindowOpen window;
+    Lookahead ahead(*pair.memory, queue, supply, /*writable=*/true);
+    ahead.begin(at.position);
     for (; taken < waiting && !drop; ++taken) {
+      ahead.at(at);
+      if (taken + kAhead < waiting)
+        __builtin_prefetch(port.frame(port.rx.at(consumer + taken + kAhead).addr, 1));
       take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
       if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
         drop = taken == 0 && suspect.packet;
@@ -1128,7 +1190,7 @@ bool record_is_valid(const RedoRecord& record) {
            record.destination.queue_pair != record.queue_pair)) &&
          record.frame_count <= kBurstFrames && record.used_count <= kBurstUsed && record.queue_pair < kMaxQueuePairs &&
          record.epoch == static_cast<std::uint32_t>(word >> 32) &&
-         record_crc(record) == static_cast<std::uint32_t>(word);
+         redo_checksum(record) == static_cast<std::uint32_t>(word);
 }
 
 namespace {

@@ -67,7 +67,6 @@ struct QueuePair {
   OffloadSet asked;  ///< what the guest's driver may ask for; without kChecksum its requests are not looked at
   OffloadSet taken;  ///< what it takes of other guests
   BoundQueue receive, transmit;
-  std::uint32_t frame_hint = 0;   ///< where to look first for a free transmit frame; private, any value will do
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
   /// CLOCK_MONOTONIC ns; not 0: the bitmap of busy frames is damaged, nothing is sent until the kernel has given all
   /// back, or until then.

@@ -88,6 +88,11 @@ class SplitQueue {
   /// A private copy of descriptor `index`, which must be < size().
   [[nodiscard]] vring_desc descriptor(std::uint16_t index) const { return read_descriptor_once(&desc_[index]); }
 
+  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching only.
+  [[nodiscard]] std::uint64_t glance(std::uint16_t position) const {
+    return load_word(&desc_[avail_head(position) & mask_].addr);
+  }
+
   /// Giving back: write_used() the elements, publish_used() the index; both need WindowOpen and may be repeated.
   void write_used(std::span<const RedoUsed> used, std::uint16_t before) const {
     for (const RedoUsed& entry : used) {
@@ -99,7 +104,7 @@ class SplitQueue {
   /// Whether the elements stand where write_used() puts them; the driver may have overwritten them.
   [[nodiscard]] bool used_stands(std::span<const RedoUsed> used, std::uint16_t before) const {
     return std::all_of(used.begin(), used.end(), [&](const RedoUsed& entry) {
-      const vring_used_elem& element = used_view_->ring[before++ & mask_];
+      const vring_used_elem& element = used_->ring[before++ & mask_];
       return element.id == entry.id && element.len == entry.length;
     });
   }
@@ -139,6 +144,10 @@ class SplitQueue {
   static std::uint16_t load(const __virtio16* field, std::memory_order order) {
     // atomic_ref wants a non-const object; the view is read-only memory and the load does not write.
     return std::atomic_ref<std::uint16_t>(*const_cast<std::uint16_t*>(field)).load(order);
+  }
+
+  static std::uint64_t load_word(const __virtio64* field) {
+    return std::atomic_ref<__virtio64>(*const_cast<__virtio64*>(field)).load(std::memory_order_relaxed);
   }
 
   // avail_event, behind the used ring's last element (2.7.10).

@@ -50,8 +50,7 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
       !memory_is_sane(description))
     return fail(ErrorKind::kInvalid,
                 "map " + what + ": the socket's description is inconsistent or of another version");
-  std::unique_ptr<XskPort> port{new XskPort};
-  port->description_ = description;
+  std::unique_ptr<XskPort> port{new XskPort(description)};
   const XskRing* rings[] = {&description.rx, &description.tx, &description.fill, &description.completion};
   for (int i = 0; i < 4; ++i) {
     auto mapping = Mapping::map(socket.get(), rings[i]->mmap_size, PROT_READ | PROT_WRITE,
@@ -80,8 +79,7 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
 }
 
 std::unique_ptr<XskPort> XskPort::over_memory(const XskDescription& description, std::byte* rings, std::byte* frames) {
-  std::unique_ptr<XskPort> port{new XskPort};
-  port->description_ = description;
+  std::unique_ptr<XskPort> port{new XskPort(description)};
   port->rx = {rings + description.rx.mmap_offset, description.rx};
   port->tx = {rings + description.tx.mmap_offset, description.tx};
   port->fill = {rings + description.fill.mmap_offset, description.fill};

@@ -9,6 +9,7 @@
 #include <linux/if_xdp.h>
 
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -73,17 +74,17 @@ class XskPort {
     return address <= umem_size_ && length <= umem_size_ - address ? frames_ + address : nullptr;
   }
   [[nodiscard]] std::uint64_t transmit_address(std::uint32_t frame) const {
-    return (std::uint64_t{description_.rx_frames} + frame) * description_.frame_size;
+    return (std::uint64_t{description_.rx_frames} + frame) << frame_shift_;
   }
   /// Inverse of transmit_address; description().tx_frames or more if the address is no transmit frame.
   [[nodiscard]] std::uint64_t transmit_frame(std::uint64_t address) const {
-    return address / description_.frame_size - description_.rx_frames;
+    return (address >> frame_shift_) - description_.rx_frames;
   }
   [[nodiscard]] std::uint64_t frame_start(std::uint64_t address) const {
-    return address & ~(std::uint64_t{description_.frame_size} - 1);
+    return address >> frame_shift_ << frame_shift_;
   }
   [[nodiscard]] bool is_receive_frame(std::uint64_t address) const {
-    return address < std::uint64_t{description_.rx_frames} * description_.frame_size;
+    return address >> frame_shift_ < description_.rx_frames;
   }
   [[nodiscard]] const XskDescription& description() const { return description_; }
   /// -1: nothing to wait for.
@@ -104,12 +105,13 @@ class XskPort {
   [[nodiscard]] bool is_whole() const { return seal_ == checksum(); }
 
  private:
-  XskPort() = default;
+  explicit XskPort(const XskDescription& description)
+      : description_(description), frame_shift_(static_cast<std::uint32_t>(std::countr_zero(description.frame_size))) {}
   [[nodiscard]] std::uint64_t checksum() const {
     const auto word = [](std::uint32_t high, std::uint32_t low) { return std::uint64_t{high} << 32 | low; };
     return fold(rx) ^ fold(tx) ^ fold(fill) ^ fold(completion) ^ fold(frames_) ^ umem_size_ ^
            word(description_.flags, description_.frame_size) ^ word(description_.rx_frames, description_.tx_frames) ^
-           word(0, description_.max_packet);
+           word(frame_shift_, description_.max_packet);
   }
   void play_transmit() const;
   void play_source() const;
@@ -120,6 +122,7 @@ class XskPort {
   Mapping maps_[5];
   std::byte* frames_ = nullptr;
   std::uint64_t umem_size_ = 0;
+  std::uint32_t frame_shift_ = 0;  // a frame's size is a power of two
   std::uint64_t seal_ = 0;
 };
 

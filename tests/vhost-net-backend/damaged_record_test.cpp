@@ -6,7 +6,7 @@
 #include <cstring>
 #include <functional>
 
-#include "common/crc32c.hpp"
+#include "common/layout/redo_checksum.hpp"
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
 #include "tests/vhost-net-backend/probe.hpp"
@@ -55,11 +55,7 @@ struct Trial {
 };
 
 void sign(RedoRecord& record) {
-  const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-  std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version));
-  crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
-  crc = crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstFrames) * sizeof(RedoFrame));
-  record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
+  record.arm.store(std::uint64_t{record.epoch} << 32 | redo_checksum(record));
 }
 
 // Shared bytes besides owner word and record that an heir changed.

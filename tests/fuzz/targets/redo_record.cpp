@@ -2,7 +2,7 @@
 // A segment that a dead owner damaged: record, cursors, busy bits, owner word and socket rings hold anything, also with
 // a CRC that is right. The heir takes over and serves. Nothing may happen to it, nor to guest memory that nobody
 // offered. Input: features, flow before the death, then patches; see damage().
-#include "common/crc32c.hpp"
+#include "common/layout/redo_checksum.hpp"
 #include "tests/fuzz/targets/input.hpp"
 #include "tests/support/engine_world.hpp"
 
@@ -106,12 +106,7 @@ class Site {
 
   void seal() {
     RedoRecord& record = world_.record();
-    const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-    std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, used) - offsetof(RedoRecord, version));
-    crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
-    crc =
-        crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstFrames) * sizeof(RedoFrame));
-    record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
+    record.arm.store(std::uint64_t{record.epoch} << 32 | redo_checksum(record));
   }
 
   // Where (record, cursors, owner word, socket rings, busy bits), offset, length, bytes; or: make the CRC right again.
