@@ -131,10 +131,12 @@ class GuestMemory {
   [[nodiscard]] bool is_mapped_by(Base Region::*base, const std::byte* at, std::uint64_t address) const {
     // Worked out once more, and not taken from what find() has just worked out.
     asm volatile("" : "+r"(at), "+r"(address));
-    return std::any_of(regions_, regions_ + count_, [=](const Region& region) {
-      const std::uint64_t offset = address - region.guest_address;
-      return offset < region.size && region.*base + offset == at;
-    });
+    for (std::uint32_t i = 0; i < count_; ++i) {
+      const std::uint64_t offset = address - regions_[i].guest_address;
+      if (offset < regions_[i].size && regions_[i].*base + offset == at) [[likely]]
+        return true;
+    }
+    return false;
   }
   // The region that `address` lies in.
   [[nodiscard]] const Region* find_again(std::uint64_t address) const;
