@@ -288,7 +288,7 @@ struct Progress {
 };
 
 // The C library's is better for long ones, and its call costs more than a short one.
-void copy_packet(std::byte* to, const std::byte* from, std::size_t size) {
+[[gnu::always_inline]] inline void copy_packet(std::byte* to, const std::byte* from, std::size_t size) {
   if (size <= 256) [[likely]]
     rte_memcpy(to, from, size);
   else
@@ -352,17 +352,20 @@ std::uint32_t take_header(const QueuePair& pair, Outgoing& packet, const std::by
   return pair.port->description().max_packet;
 }
 
-// Header and packet in one buffer, and that in one region: what today's drivers do, unless the packet is to be segmented.
-// False if it is not so, or not good: then the general way, below, finds out.
-bool gather_whole(const QueuePair& pair, std::uint64_t address, std::uint32_t length, Outgoing& packet) {
+// Header and packet in one buffer, and that in one region, and not to be segmented: what today's drivers mostly do. False
+// if it is not so, or not good: then the general way, below, finds out.
+[[gnu::always_inline]] inline bool gather_whole(const QueuePair& pair, std::uint64_t address, std::uint32_t length,
+                                                Outgoing& packet) {
   const std::uint32_t header = pair.header_size;
   if (length < header + kShortestFrame || length - header > pair.port->description().max_packet) return false;
   const std::byte* piece = pair.memory->view(address, length);
   if (piece == nullptr) return false;
   must_hold(pair.memory->is_view_of(piece, address));
-  take_header(pair, packet, piece, 0, header);
-  copy_packet(packet.bytes, piece + header, length - header);
+  std::memcpy(&packet.header, piece, sizeof packet.header);
+  if (packet.header.gso_type != kGsoNone) [[unlikely]]
+    return false;
   packet.length = length - header;
+  copy_packet(packet.bytes, piece + header, packet.length);
   return true;
 }
 
@@ -870,6 +873,8 @@ class Forward {
     VringCursors& vring = pair_.state->transmit;
     const auto supply = queue_.supply(vring.next_avail, vring.next_used);
     if (!usable(*pair_.memory, queue_, supply, vring) || !supply.has(at_.position, 0)) return 0;
+    ahead_.emplace(*pair_.memory, queue_, supply, /*writable=*/false);
+    ahead_->begin(at_.position);
     QueuePair* to = read_next();
     if (to == nullptr) {
       let_go(pair_);
@@ -882,6 +887,7 @@ class Forward {
   // Copies the next chain's packet to the staging buffer. Returns whom it is for; nobody if it is to be refused.
   QueuePair* read_next() {
     const std::uint32_t position = transmit_position(pair_, at_.position);
+    ahead_->at(at_);
     take_in_hand(pair_, PacketPhase::kTransmit, position);
     if (pair_.transmit_suspect.is_condemned(position)) [[unlikely]]
       return nullptr;
@@ -977,7 +983,10 @@ class Forward {
     const auto buffers = to_queue.supply(vring.next_avail, vring.next_used);
     // A neighbour that is stopped, now or since long, takes nothing: to the sender it is like a full ring.
     const bool takes = to.can_receive() && usable(*to.memory, to_queue, buffers, vring);
+    Lookahead to_ahead(*to.memory, to_queue, buffers, /*writable=*/true);
+    to_ahead.begin(to_at_.position);
     do {
+      if (takes) to_ahead.at(to_at_);
       Arrival arrival;
       const Placed placed = takes ? deliver(to, to_queue, buffers, arrival) : Placed::kNoBuffers;
       if (placed == Placed::kNoRecordRoom) break;
@@ -1075,6 +1084,7 @@ class Forward {
   const Queue& queue_;
   Progress at_;       ///< in the transmit virtqueue
   Progress to_at_{};  ///< in the receive virtqueue
+  std::optional<Lookahead<Queue>> ahead_;
   std::optional<typename Queue::Chain> chain_;
   Outgoing packet_;                 ///< in the staging buffer
   std::optional<Offload> offload_;  ///< what its driver asks for
