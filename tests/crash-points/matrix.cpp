@@ -78,6 +78,8 @@ std::vector<MatrixRow> matrix() {
     // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short, and so
     // does one wrap of a forward.
     row.nested = burst <= 2 && (event_index || !packed) && (!forward || (event_index && wrap == Wrap::kIndex));
+    // What a takeover does about frames does not depend on how many packets they came from.
+    if (offload != Offload::kNone) row.nested = burst == 1 && style == ChainStyle::kChained;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (forward) row.shape.devices = row.shape.queue_pairs = 2;
     if (offload != Offload::kNone) {
