@@ -48,7 +48,8 @@ Bytes hex(const std::string& text) {
 TcpPacket::TcpPacket(const TcpShape& shape) {
   std::mt19937 random(shape.seed);
   bytes = hex("020000000001 020000000002");
-  for (std::uint32_t i = 0; i < shape.vlan_tags; ++i) append(bytes, i == 0 && shape.vlan_tags == 2 ? 0x88a80007 : 0x81000064, 4);
+  for (std::uint32_t i = 0; i < shape.vlan_tags; ++i)
+    append(bytes, i == 0 && shape.vlan_tags == 2 ? 0x88a80007 : 0x81000064, 4);
   append(bytes, shape.ipv6 ? 0x86dd : 0x0800, 2);
   network = static_cast<std::uint32_t>(bytes.size());
   const std::uint32_t tcp_bytes = 20 + 4 * shape.tcp_options + shape.payload;
@@ -75,8 +76,7 @@ TcpPacket::TcpPacket(const TcpShape& shape) {
     for (std::uint32_t i = 0; i < 2 + shape.ip_options; ++i) append(bytes, static_cast<std::uint32_t>(random()), 4);
   }
   tcp = static_cast<std::uint32_t>(bytes.size());
-  if (!shape.ipv6)
-    set16(network + 10, ~ones_complement_sum(std::span<const std::byte>(bytes).subspan(network)));
+  if (!shape.ipv6) set16(network + 10, ~ones_complement_sum(std::span<const std::byte>(bytes).subspan(network)));
   append(bytes, static_cast<std::uint32_t>(random()), 4);
   append(bytes, shape.sequence, 4);
   append(bytes, static_cast<std::uint32_t>(random()), 4);
@@ -87,7 +87,8 @@ TcpPacket::TcpPacket(const TcpShape& shape) {
   headers = static_cast<std::uint32_t>(bytes.size());
   for (std::uint32_t i = 0; i < shape.payload; ++i) bytes.push_back(static_cast<std::byte>(random() & 0xffu));
   // What the checksum field holds is not to be relied on; drivers leave this there.
-  std::uint32_t sum = tcp_sum(*this, std::span<const std::byte>(bytes).first(tcp)) + shape.payload + 20 + 4 * shape.tcp_options;
+  std::uint32_t sum =
+      tcp_sum(*this, std::span<const std::byte>(bytes).first(tcp)) + shape.payload + 20 + 4 * shape.tcp_options;
   sum = (sum & 0xffffu) + (sum >> 16);
   set16(tcp + 16, sum);
   net.flags = 1;
@@ -107,7 +108,8 @@ std::vector<Bytes> reference_cut(const TcpPacket& packet) {
   std::vector<Bytes> frames;
   const bool ipv6 = at(packet.bytes, packet.network) >> 4 == 6;
   std::uint32_t sequence = 0;
-  for (int i = 0; i < 4; ++i) sequence = sequence << 8 | at(packet.bytes, packet.tcp + 4 + static_cast<std::uint32_t>(i));
+  for (int i = 0; i < 4; ++i)
+    sequence = sequence << 8 | at(packet.bytes, packet.tcp + 4 + static_cast<std::uint32_t>(i));
   const unsigned identification = at(packet.bytes, packet.network + 4) << 8 | at(packet.bytes, packet.network + 5);
   for (std::size_t from = packet.headers; from < packet.bytes.size(); from += packet.net.gso_size) {
     const std::size_t to = std::min(packet.bytes.size(), from + packet.net.gso_size);
@@ -120,8 +122,9 @@ std::vector<Bytes> reference_cut(const TcpPacket& packet) {
       set16(frame, packet.network + 2, static_cast<std::uint32_t>(frame.size()) - packet.network);
       set16(frame, packet.network + 4, identification + static_cast<unsigned>(frames.size()));
       set16(frame, packet.network + 10, 0);
-      set16(frame, packet.network + 10,
-            ~ones_complement_sum(std::span<const std::byte>(frame).subspan(packet.network, packet.tcp - packet.network)));
+      set16(
+          frame, packet.network + 10,
+          ~ones_complement_sum(std::span<const std::byte>(frame).subspan(packet.network, packet.tcp - packet.network)));
     }
     const auto offset = static_cast<std::uint32_t>(from - packet.headers);
     set16(frame, packet.tcp + 4, (sequence + offset) >> 16);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// TCP packets as drivers hand them over to be segmented, and what has to become of them: a slow and plain reference that
-// shares nothing with the engine.
+// TCP packets as drivers hand them over to be segmented, and what has to become of them: a slow and plain reference
+// that shares nothing with the engine.
 #pragma once
 
 #include <cstddef>
@@ -20,12 +20,12 @@ Bytes hex(const std::string& text);
 
 struct TcpShape {
   bool ipv6 = false;
-  std::uint32_t vlan_tags = 0;      ///< 0 to 2
-  std::uint32_t ip_options = 0;     ///< words of IPv4 options, 0 to 10; of IPv6 the number of extension headers, 0 to 4
-  std::uint32_t tcp_options = 0;    ///< words, 0 to 10
-  std::uint32_t payload = 100;      ///< bytes
-  std::uint16_t segment = 40;       ///< bytes of payload in each segment
-  std::uint8_t flags = 0x10;        ///< of TCP
+  std::uint32_t vlan_tags = 0;    ///< 0 to 2
+  std::uint32_t ip_options = 0;   ///< words of IPv4 options, 0 to 10; of IPv6 the number of extension headers, 0 to 4
+  std::uint32_t tcp_options = 0;  ///< words, 0 to 10
+  std::uint32_t payload = 100;    ///< bytes
+  std::uint16_t segment = 40;     ///< bytes of payload in each segment
+  std::uint8_t flags = 0x10;      ///< of TCP
   std::uint32_t sequence = 1000;
   std::uint16_t identification = 1;
   std::uint32_t seed = 1;  ///< of addresses, ports, options and payload
@@ -35,7 +35,7 @@ struct TcpPacket {
   explicit TcpPacket(const TcpShape& shape);
 
   Bytes bytes;
-  NetHeader net;                    ///< what its driver asks for
+  NetHeader net;                        ///< what its driver asks for
   std::uint32_t network, tcp, headers;  ///< where IP and TCP begin, and the payload
 
   void set8(std::uint32_t at, std::uint32_t value) { bytes.at(at) = static_cast<std::byte>(value); }

@@ -97,7 +97,8 @@ const TcpShape kLarge{.payload = 65000, .segment = 1400, .flags = 0x18};
 TEST_CASE("offloads to the uplink: cut and summed packets between plain ones, in order, however chains are cut") {
   for (const std::uint64_t layout : kLayouts)
     for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
-      for (const auto& cuts : {std::vector<std::uint32_t>{12}, {1, 2, 3}, {9, 11, 13, 40, 100, 4000, 30001}, {66, 67}}) {
+      for (const auto& cuts :
+           {std::vector<std::uint32_t>{12}, {1, 2, 3}, {9, 11, 13, 40, 100, 4000, 30001}, {66, 67}}) {
         WorldShape shape = large_world(feature::kAsksOffloads | layout);
         shape.nic.transmit = style;
         shape.nic.cuts = cuts;
@@ -285,7 +286,8 @@ TEST_CASE("offloads between guests: done for a receiver that does not take them"
     }
 }
 
-TEST_CASE("offloads between guests: segments that find no buffers are the receiver's overflow, those before them arrive") {
+TEST_CASE(
+    "offloads between guests: segments that find no buffers are the receiver's overflow, those before them arrive") {
   WorldShape shape = large_world(feature::kAsksOffloads);
   TwoGuests guests(shape);
   guests.world.nics[1].post(4);

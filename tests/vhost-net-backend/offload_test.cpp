@@ -75,11 +75,11 @@ TEST_CASE("offload: a checksum that comes to zero is written as 0xffff") {
 }
 
 TEST_CASE("offload: a TCP packet over IPv4, cut in three, byte by byte") {
-  const Bytes packet = hex(
-      "020000000001 020000000002 0800"
-      "4500 0037 fffe 4000 4006 0000 0a000001 0a000002"
-      "1f90 0050 fffffffe 00000001 50 99 1000 0000 0000"
-      "000102030405060708090a0b0c0d0e");
+  const Bytes packet =
+      hex("020000000001 020000000002 0800"
+          "4500 0037 fffe 4000 4006 0000 0a000001 0a000002"
+          "1f90 0050 fffffffe 00000001 50 99 1000 0000 0000"
+          "000102030405060708090a0b0c0d0e");
   const auto offload = check(header_of(net_header(1, 0x81, 54, 6, 34, 16)), packet);
   REQUIRE(offload);
   CHECK(offload->segments == 3);
@@ -144,7 +144,8 @@ std::vector<Hostile> hostile_table() {
       {"one VLAN tag too many", [](TcpPacket& p) { p.insert(12, "81000001 81000002 81000003"); }},
       {"wrong IP version", [](TcpPacket& p) { p.set8(p.network, 0x55); }},
       {"TCP header too short", [](TcpPacket& p) { p.set8(p.tcp + 12, 0x40); }},
-      {"TCP header past the packet", [](TcpPacket& p) {
+      {"TCP header past the packet",
+       [](TcpPacket& p) {
          p.set8(p.tcp + 12, 0xf0);
          p.bytes.resize(p.tcp + 40);
        }},
@@ -180,10 +181,7 @@ const std::vector<Hostile> kOfIpv6 = {
     {"an authentication header", [](TcpPacket& p) { p.set8(p.network + 6, 51); }},
     {"UDP", [](TcpPacket& p) { p.set8(p.network + 6, 17); }},
     {"TCP where options are", [](TcpPacket& p) { p.set8(p.network + 6, p.tcp == p.network + 40 ? 0 : 6); }},
-    {"five option headers",
-     [](TcpPacket& p) {
-       p = TcpPacket({.ipv6 = true, .ip_options = 5});
-     }},
+    {"five option headers", [](TcpPacket& p) { p = TcpPacket({.ipv6 = true, .ip_options = 5}); }},
     {"an option header past the packet",
      [](TcpPacket& p) {
        p.set8(p.network + 6, 60);
@@ -233,9 +231,9 @@ TEST_CASE("offload: checksums in packets of every length, at every place") {
         Bytes packet(length);
         for (std::uint32_t i = 0; i < length; ++i) packet[i] = static_cast<std::byte>(i * 37 + 11);
         const bool good = start >= 14 && offset % 2 == 0 && start + offset + 2 <= length;
-        const auto found = check(header_of(net_header(1, 0, 0, 0, static_cast<std::uint16_t>(start),
-                                                      static_cast<std::uint16_t>(offset))),
-                                 packet);
+        const auto found = check(
+            header_of(net_header(1, 0, 0, 0, static_cast<std::uint16_t>(start), static_cast<std::uint16_t>(offset))),
+            packet);
         REQUIRE(found.has_value() == good);
         if (!found) continue;
         Bytes expected = packet;
@@ -327,7 +325,8 @@ TEST_CASE("offload: damaged packets never make the two opinions differ") {
           static_cast<std::byte>(*rc::gen::arbitrary<std::uint8_t>());
     packet.bytes.resize(*rc::gen::inRange<std::size_t>(0, packet.bytes.size() + 1));
     auto header = std::bit_cast<NetHeaderBytes>(packet.net);
-    if (*rc::gen::inRange(0, 3) == 0) header[*rc::gen::inRange(0u, 10u)] ^= static_cast<std::byte>(1u << *rc::gen::inRange(0, 8));
+    if (*rc::gen::inRange(0, 3) == 0)
+      header[*rc::gen::inRange(0u, 10u)] ^= static_cast<std::byte>(1u << *rc::gen::inRange(0, 8));
     const auto found = check_offload(header_of(header), kAll, packet.bytes, kLimits);
     RC_ASSERT(found.has_value() == offload_is_good(header_of(header), kAll, packet.bytes, kLimits));
     if (found && found->is_segmented()) cut(*found, packet.bytes);

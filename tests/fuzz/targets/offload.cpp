@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A hostile virtio header in front of a hostile packet. Input: what was negotiated (1), bytes of a frame (2), segments a
-// transaction has (2), the header (10), the packet.
+// A hostile virtio header in front of a hostile packet. Input: what was negotiated (1), bytes of a frame (2), segments
+// a transaction has (2), the header (10), the packet.
 //
 // The two opinions must agree about every pair, and whatever they accept must be done within the packet and within the
 // segment's own room, to frames with right checksums that together are the packet.
@@ -24,8 +24,9 @@ void cut(const Offload& offload, std::span<const std::byte> packet) {
     std::vector<std::byte> segment(segment_length(offload, length, n));
     must_hold(write_segment(offload, packet, n, segment.data()) == segment.size(), "a segment has its length");
     const auto rest = std::span<const std::byte>(segment).subspan(offload.headers);
-    must_hold(std::equal(rest.begin(), rest.end(), packet.begin() + offload.headers + static_cast<std::ptrdiff_t>(payload)),
-              "a segment's payload is the packet's next");
+    must_hold(
+        std::equal(rest.begin(), rest.end(), packet.begin() + offload.headers + static_cast<std::ptrdiff_t>(payload)),
+        "a segment's payload is the packet's next");
     payload += rest.size();
   }
   must_hold(payload + offload.headers == packet.size(), "the segments are the packet");

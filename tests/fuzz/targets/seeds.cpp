@@ -185,7 +185,13 @@ TEST_CASE("offload") {
                              {.payload = 90, .segment = 7, .flags = 0x99}};
   for (unsigned n = 0; n < std::size(shapes); ++n) {
     TcpPacket packet(shapes[n]);
-    Seed().u8(0xf).u16(1792).u16(504).value(packet.net).bytes(packet.bytes).write("offload", "tcp-" + std::to_string(n));
+    Seed()
+        .u8(0xf)
+        .u16(1792)
+        .u16(504)
+        .value(packet.net)
+        .bytes(packet.bytes)
+        .write("offload", "tcp-" + std::to_string(n));
     packet.net.gso_type = 0;
     Seed().u8(1).u16(1792).u16(504).value(packet.net).bytes(packet.bytes).write("offload", "sum-" + std::to_string(n));
   }
