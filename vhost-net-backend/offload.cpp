@@ -86,7 +86,8 @@ OffloadSet make_set(std::uint64_t features, unsigned checksum, unsigned tcp4, un
   if ((features >> checksum & 1u) == 0) return set;
   set.bits = static_cast<std::uint32_t>(OffloadSet::kChecksum | bit_of(features, tcp4, OffloadSet::kTcp4) |
                                         bit_of(features, tcp6, OffloadSet::kTcp6));
-  if (set.bits != OffloadSet::kChecksum) set.bits |= static_cast<std::uint32_t>(bit_of(features, ecn, OffloadSet::kEcn));
+  if (set.bits != OffloadSet::kChecksum)
+    set.bits |= static_cast<std::uint32_t>(bit_of(features, ecn, OffloadSet::kEcn));
   return set;
 }
 

@@ -2,18 +2,18 @@
 // Offloads: what a guest's driver asks of its device for one packet (checksum, TCP segmentation), checked, and done in
 // software for whoever cannot take the packet as it is.
 //
-// A driver writes struct virtio_net_hdr in front of each packet. It is as hostile as everything else in guest memory: it
-// is copied once, and check_offload() holds it against the packet's own headers before anybody acts upon it. What comes
-// out says where each byte goes; nothing is looked up in the packet again.
+// A driver writes struct virtio_net_hdr in front of each packet. It is as hostile as everything else in guest memory:
+// it is copied once, and check_offload() holds it against the packet's own headers before anybody acts upon it. What
+// comes out says where each byte goes; nothing is looked up in the packet again.
 //
-// Segmentation is our own and not librte_gso's: that one takes mbufs and returns chains of mbufs, which would have to be
-// made for every packet, from a pool of their own, and then be copied into frames all the same. Here the packet lies in
-// one private buffer, and write_segment() writes headers and payload of any one segment to where it is to be, which is a
-// frame of the uplink or a buffer that another guest gets. The second copy is paid for by the checksum, which has to
-// read every byte anyway.
+// Segmentation is our own and not librte_gso's: that one takes mbufs and returns chains of mbufs, which would have to
+// be made for every packet, from a pool of their own, and then be copied into frames all the same. Here the packet lies
+// in one private buffer, and write_segment() writes headers and payload of any one segment to where it is to be, which
+// is a frame of the uplink or a buffer that another guest gets. The second copy is paid for by the checksum, which has
+// to read every byte anyway.
 //
-// Packets without a request (an all-zero header, nearly all of them without TCP) cost one comparison: asks_for_offload().
-// Pure, any thread, no allocation. Source: Virtio 1.2, 5.1.6; RFC 791, 8200, 9293, 3168.
+// Packets without a request (an all-zero header, nearly all of them without TCP) cost one comparison:
+// asks_for_offload(). Pure, any thread, no allocation. Source: Virtio 1.2, 5.1.6; RFC 791, 8200, 9293, 3168.
 #pragma once
 
 #include <cstddef>
@@ -89,11 +89,11 @@ struct OffloadLimits {
   std::uint32_t segments = 0;  ///< of one packet
 };
 
-/// The request in `header` for `packet`, of which both are our own copies; `allowed`: what was negotiated. Nothing if it
-/// cannot be honoured: an offload that was not negotiated, a checksum outside the packet, a segmentation of something
-/// that is no TCP packet of the kind it says, of a fragment, in the middle of a handshake, into pieces of no size, too
-/// long ones, or too many. IPv6: hop-by-hop and destination options may precede TCP; a routing header may not, because
-/// the checksum would be that of another address.
+/// The request in `header` for `packet`, of which both are our own copies; `allowed`: what was negotiated. Nothing if
+/// it cannot be honoured: an offload that was not negotiated, a checksum outside the packet, a segmentation of
+/// something that is no TCP packet of the kind it says, of a fragment, in the middle of a handshake, into pieces of no
+/// size, too long ones, or too many. IPv6: hop-by-hop and destination options may precede TCP; a routing header may
+/// not, because the checksum would be that of another address.
 std::optional<Offload> check_offload(const NetHeader& header, OffloadSet allowed, std::span<const std::byte> packet,
                                      const OffloadLimits& limits);
 

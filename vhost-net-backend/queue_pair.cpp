@@ -31,6 +31,9 @@ namespace {
 constexpr std::uint32_t kLongHeader = 12;
 constexpr std::uint32_t kBuffersAt = sizeof(NetHeader);
 constexpr NetHeader kNoOffload{};
+// A burst with large packets in it ends here, for a heartbeat: 32 of 64 KiB would take as long as the strictest hang
+// limits allow.
+constexpr std::uint64_t kBurstBytes = 256 * 1024;
 constexpr std::uint32_t kShortestFrame = 14;  // an Ethernet header; less is no packet
 
 // The part of the record that is the same for all directions.
@@ -369,7 +372,8 @@ std::uint32_t take_header(const QueuePair& pair, Outgoing& packet, const std::by
   return true;
 }
 
-// Copies a transmit chain's packet to where `packet` says, and its header. Sets `fault` if it is refused, and no length.
+// Copies a transmit chain's packet to where `packet` says, and its header. Sets `fault` if it is refused, and no
+// length.
 template <class Chain>
 void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) {
   std::uint32_t room = 0;
@@ -741,6 +745,8 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     }
     ++record.packets_after;
     record.bytes_after += packet.length;
+    if (segmented && record.bytes_after - vring.bytes >= kBurstBytes) [[unlikely]]
+      break;
   }
   if (no_room) pair.transmit_pending = true;  // the kernel has to finish some first
   if (!may_go_on(pair, vring, endless, record.used_count != 0)) {
@@ -999,6 +1005,7 @@ class Forward {
       count(record, arrival);
       add_used(record, *chain_, 0);
       at_ = {queue_.next(at_.position, chain_->slots()), at_.slots + chain_->slots()};
+      if (packet_.large && record.bytes_after - pair_.state->transmit.bytes >= kBurstBytes) break;
     } while (record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to);
     return takes;
   }
@@ -1039,14 +1046,13 @@ class Forward {
   Placed deliver_one(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers,
                      const NetHeader& header, const std::byte* bytes, std::uint32_t length) {
     Progress after = to_at_;
-    const Placed placed =
-        place(to, pair_.shard->record.destination, to_queue, buffers, header, bytes, length, after);
+    const Placed placed = place(to, pair_.shard->record.destination, to_queue, buffers, header, bytes, length, after);
     if (placed != Placed::kNoBuffers) to_at_ = after;
     return placed;
   }
 
-  // For a receiver that does not take the packet as it is: each segment is a packet to it, and finds buffers or not. All
-  // in this one transaction, or none: kNoRecordRoom, kEndless.
+  // For a receiver that does not take the packet as it is: each segment is a packet to it, and finds buffers or not.
+  // All in this one transaction, or none: kNoRecordRoom, kEndless.
   template <class ToQueue>
   Placed deliver_segments(QueuePair& to, const ToQueue& to_queue, const typename ToQueue::Supply& buffers,
                           Arrival& arrival) {

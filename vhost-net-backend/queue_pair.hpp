@@ -77,10 +77,10 @@ struct QueuePair {
   /// Of one shard, all served by its thread; the pointers are good until the queue pairs are built anew. Empty:
   /// everything goes to the uplink.
   std::vector<Neighbour> neighbours;
-  /// Private: room for one packet of kLargestPacket, and behind it, from kLargestPacketRoom on, for one segment. For what
-  /// goes to a neighbour, and for what is to be segmented.
+  /// Private: room for one packet of kLargestPacket, and behind it, from kLargestPacketRoom on, for one segment. For
+  /// what goes to a neighbour, and for what is to be segmented.
   std::byte* staging = nullptr;
-  bool has_suspects = false;     ///< a packet waits, or may wait, that owners died on
+  bool has_suspects = false;  ///< a packet waits, or may wait, that owners died on
   Suspected receive_suspect, transmit_suspect;
   std::uint64_t seal = 0;  ///< checksum(), once everything that it covers is set
 

@@ -41,9 +41,9 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
   if (description.version != kXskDescriptionVersion || !ring_is_sane(description.rx, sizeof(xdp_desc)) ||
       !ring_is_sane(description.tx, sizeof(xdp_desc)) || !ring_is_sane(description.fill, 8) ||
       !ring_is_sane(description.completion, 8) || description.frame_size < kXskSmallFrame ||
-      description.frame_size > kXskLargeFrame ||
-      (description.frame_size & (description.frame_size - 1)) != 0 || description.max_packet > description.frame_size ||
-      description.tx_frames % 64 != 0 || description.tx_frames == 0 || description.tx_frames > kTransmitFrames ||
+      description.frame_size > kXskLargeFrame || (description.frame_size & (description.frame_size - 1)) != 0 ||
+      description.max_packet > description.frame_size || description.tx_frames % 64 != 0 ||
+      description.tx_frames == 0 || description.tx_frames > kTransmitFrames ||
       (std::uint64_t{description.rx_frames} + description.tx_frames) * description.frame_size !=
           description.umem_size ||
       description.umem_size > std::uint64_t{1} << 32 ||  // RedoFrame::address

@@ -18,6 +18,7 @@ class Shape:
     address: str = GUEST_ADDRESS
     growing: bool = False  # memory can be plugged in while it runs
     kernel_words: str = ""
+    offloads: str = ""  # children of <driver>: what its NIC is not to have
 
     @property
     def console(self):
@@ -38,7 +39,7 @@ TANDEM_NIC = """<interface type='vhostuser'>
         <reconnect enabled='yes' timeout='1'/>
       </source>
       <model type='virtio'/>
-      <driver queues='2'@PACKED@/>
+      <driver queues='2'@PACKED@>@OFFLOADS@</driver>
       <alias name='ua-tandem0'/>
     </interface>"""
 
@@ -92,6 +93,7 @@ def domain_xml(plain, packed, shape=Shape()):
             "MAC": shape.mac,
             "SOCKET": shape.mac.replace(":", "-"),
             "PACKED": " packed='on'" if packed else "",
+            "OFFLOADS": shape.offloads,
             "OVERRIDE": "" if plain or accelerated else NO_VECTORS,
     }.items():
         text = text.replace(f"@{name}@", value)

@@ -238,6 +238,24 @@ nlohmann::json Supervisor::status() const {
   return {{"ok", true}, {"pairs", std::move(pairs)}, {"nics", std::move(nics)}};
 }
 
+namespace {
+
+// Offloads that the guest's driver has agreed to, in the words of libvirt's <host> and <guest>.
+nlohmann::json offload_status(std::uint64_t features) {
+  namespace vf = virtio_feature;
+  const auto names = [features](std::uint64_t csum, std::uint64_t tso4, std::uint64_t tso6, std::uint64_t ecn) {
+    nlohmann::json list = nlohmann::json::array();
+    for (const auto& [bit, name] :
+         {std::pair{csum, "csum"}, std::pair{tso4, "tso4"}, std::pair{tso6, "tso6"}, std::pair{ecn, "ecn"}})
+      if ((features & bit) != 0) list.push_back(name);
+    return list;
+  };
+  return {{"host", names(vf::kCsum, vf::kHostTso4, vf::kHostTso6, vf::kHostEcn)},
+          {"guest", names(vf::kGuestCsum, vf::kGuestTso4, vf::kGuestTso6, vf::kGuestEcn)}};
+}
+
+}  // namespace
+
 nlohmann::json Supervisor::nic_status(const Nic& nic) const {
   struct Sum {
     std::uint64_t packets = 0, bytes = 0, dropped = 0, poisoned = 0;
@@ -280,6 +298,7 @@ nlohmann::json Supervisor::nic_status(const Nic& nic) const {
           {"queue_pairs", nic.option.queues},
           {"running_queues", running},
           {"packed", (nic.device->description().features & kFeatureRingPacked) != 0},
+          {"offloads", offload_status(nic.device->description().features)},
           {"fault", fault},
           {"rx", receive.json()},
           {"tx", transmit.json()},

@@ -78,6 +78,8 @@ std::vector<MatrixRow> matrix() {
     // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short, and so
     // does one wrap of a forward.
     row.nested = burst <= 2 && (event_index || !packed) && (!forward || (event_index && wrap == Wrap::kIndex));
+    // What a takeover does about frames does not depend on how many packets they came from.
+    if (offload != Offload::kNone) row.nested = burst == 1 && style == ChainStyle::kChained && offload == Offload::kCut;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (forward) row.shape.devices = row.shape.queue_pairs = 2;
     if (offload != Offload::kNone) {
@@ -99,15 +101,14 @@ std::vector<MatrixRow> matrix() {
                (offload == Offload::kNone    ? ", "
                 : offload == Offload::kWhole ? ", to be segmented but taken whole, "
                                              : ", to be segmented, ") +
-               name(style) + (mergeable ? ", mergeable" : "") +
-               (event_index ? ", EVENT_IDX" : "") + name(situation) + ", " + name(wrap, packed) + ", burst " +
-               std::to_string(burst);
+               name(style) + (mergeable ? ", mergeable" : "") + (event_index ? ", EVENT_IDX" : "") + name(situation) +
+               ", " + name(wrap, packed) + ", burst " + std::to_string(burst);
     // One of each kind, so that every option occurs.
     row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
-                : situation == Situation::kPoison
-                    ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
-                    : offload != Offload::kNone ? burst == 1 && style == ChainStyle::kChained
-                : situation == Situation::kPlain && event_index &&
+                : situation == Situation::kPoison ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
+                : offload != Offload::kNone
+                    ? burst == 1 && (style == ChainStyle::kChained) != forward
+                    : situation == Situation::kPlain && event_index &&
                           (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                        : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
                                              mergeable == (receive || forward));
@@ -128,7 +129,8 @@ std::vector<MatrixRow> matrix() {
         for (const bool mergeable : {false, true})
           for (const bool event_index : {false, true})
             for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
-              add(true, false, style, mergeable, event_index, wrap, burst);
+              // Where the indices stand and whether the driver wants an interrupt do not meet in the code: not each with each.
+              if (event_index || wrap == Wrap::kIndex) add(true, false, style, mergeable, event_index, wrap, burst);
     for (const std::uint32_t burst : {2u, 32u})
       for (const bool mergeable : {false, true})
         for (const Situation situation : {Situation::kStarved, Situation::kBadChain, Situation::kPoison})
@@ -138,8 +140,10 @@ std::vector<MatrixRow> matrix() {
       for (const std::uint32_t burst : {1u, 2u, 32u})
         for (const bool mergeable : {false, true}) {
           offload = how;
-          add(true, false, mergeable ? ChainStyle::kChained : ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst);
-          if (burst == 2) add(true, false, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
+          add(true, false, mergeable ? ChainStyle::kChained : ChainStyle::kDirect, mergeable, true, Wrap::kIndex,
+              burst);
+          if (burst == 2)
+            add(true, false, ChainStyle::kDirect, mergeable, true, Wrap::kIndex, burst, Situation::kStarved);
         }
     forward = false;
     // To the uplink, of which the burst of 32 finds the TX ring too short: it takes what fits as a whole.

@@ -122,7 +122,8 @@ bool GuestNic::take(std::vector<std::byte>& packet) {
     const std::uint64_t slot = receive_slot(slot_of_[used->id]);
     const std::byte* bytes = space_->at(slot);
     if (used->length < header || used->length > shape_.receive_slot_bytes() ||
-        (!shape_.has(kGuestCsum) && std::any_of(bytes, bytes + 10, [](std::byte byte) { return byte != std::byte{0}; }))) {
+        (!shape_.has(kGuestCsum) &&
+         std::any_of(bytes, bytes + 10, [](std::byte byte) { return byte != std::byte{0}; }))) {
       ++protocol_errors_;
       continue;
     }

@@ -46,8 +46,8 @@ std::uint32_t ones_complement_sum(std::span<const std::byte> bytes) {
   return sum;
 }
 
-NetHeaderBytes net_header(std::uint8_t flags, std::uint8_t gso_type, std::uint16_t header_length, std::uint16_t gso_size,
-                          std::uint16_t checksum_start, std::uint16_t checksum_offset) {
+NetHeaderBytes net_header(std::uint8_t flags, std::uint8_t gso_type, std::uint16_t header_length,
+                          std::uint16_t gso_size, std::uint16_t checksum_start, std::uint16_t checksum_offset) {
   NetHeaderBytes bytes{static_cast<std::byte>(flags), static_cast<std::byte>(gso_type)};
   const std::uint16_t fields[] = {header_length, gso_size, checksum_start, checksum_offset};
   std::memcpy(bytes.data() + 2, fields, sizeof fields);

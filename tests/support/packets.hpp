@@ -21,8 +21,8 @@ std::uint32_t ones_complement_sum(std::span<const std::byte> bytes);
 
 /// struct virtio_net_hdr, as it lies in guest memory.
 using NetHeaderBytes = std::array<std::byte, 10>;
-NetHeaderBytes net_header(std::uint8_t flags, std::uint8_t gso_type, std::uint16_t header_length, std::uint16_t gso_size,
-                          std::uint16_t checksum_start, std::uint16_t checksum_offset);
+NetHeaderBytes net_header(std::uint8_t flags, std::uint8_t gso_type, std::uint16_t header_length,
+                          std::uint16_t gso_size, std::uint16_t checksum_start, std::uint16_t checksum_offset);
 
 /// Lengths of a flow: packet n has a length in [shortest, longest] that follows from n; all different for 2 * 97
 /// packets. With `segments`, these are IPv4 TCP packets that their sender asks to be cut into so many, and a ledger

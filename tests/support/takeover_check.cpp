@@ -49,7 +49,8 @@ namespace {
 void judge_peer(const EngineWorld& world, const Flows& flows, Verdict& verdict) {
   const GuestNic& nic = world.nics[1];
   const VringCursors& receive = world.state(1).receive;
-  verdict.miscounted += receive.packets + receive.overflow != flows.from_guest * flows.flow.arrivals() || receive.dropped != 0;
+  verdict.miscounted +=
+      receive.packets + receive.overflow != flows.from_guest * flows.flow.arrivals() || receive.dropped != 0;
   verdict.miscounted += verdict.tally.lost != receive.overflow;
   verdict.tally.lost = 0;
   verdict.descriptor_errors += nic.receive.wrong_returns() + nic.empty_returns() + nic.protocol_errors();

@@ -177,8 +177,7 @@ std::vector<Lie> lies(bool receive) {
        [](EngineWorld& w, RedoRecord& r) {
          r.frames[0].address = static_cast<std::uint32_t>(w.kernels[0].description().umem_size) + 512;
        }},
-      {"frame at the top of the address space",
-       [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~511u; }},
+      {"frame at the top of the address space", [](EngineWorld&, RedoRecord& r) { r.frames[0].address = ~511u; }},
       {"cursors of the segment elsewhere",
        [receive](EngineWorld& w, RedoRecord&) {
          VringCursors& cursors = receive ? w.state().receive : w.state().transmit;

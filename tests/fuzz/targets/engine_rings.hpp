@@ -284,14 +284,15 @@ class EngineRings {
   std::vector<std::int64_t> offered_;
 };
 
-/// Byte 0 chooses the features: bit 0 mergeable, 1 EVENT_IDX, 2 indirect, 3 VERSION_1; the rest of the input is steps.
+/// Byte 0 chooses the features: bit 0 mergeable, 1 EVENT_IDX, 2 indirect, 3 VERSION_1, 4 offloads; the rest of the
+/// input is steps.
 inline int run_engine(Input input, std::uint64_t fixed_features) {
   static std::map<std::uint64_t, std::unique_ptr<EngineRings>> engines;
   const std::uint8_t choice = input.u8();
-  const std::uint64_t features = fixed_features | ((choice & 1u) != 0 ? test::feature::kMergeable : 0) |
-                                 ((choice & 2u) != 0 ? test::feature::kEventIndex : 0) |
-                                 ((choice & 4u) != 0 ? test::feature::kIndirect : 0) |
-                                 ((choice & 8u) != 0 ? test::feature::kVersion1 : 0);
+  const std::uint64_t features =
+      fixed_features | ((choice & 1u) != 0 ? test::feature::kMergeable : 0) |
+      ((choice & 2u) != 0 ? test::feature::kEventIndex : 0) | ((choice & 4u) != 0 ? test::feature::kIndirect : 0) |
+      ((choice & 8u) != 0 ? test::feature::kVersion1 : 0) | ((choice & 16u) != 0 ? test::feature::kAsksOffloads : 0);
   auto& engine = engines[features];
   if (!engine) engine = std::make_unique<EngineRings>(features);
   const DescriptorCheck all_closed;

@@ -97,8 +97,8 @@ class Site {
     record.producer_before = transmit ? port.tx.producer() : port.fill.producer();
     record.producer_after = record.producer_before + count;
     for (std::uint16_t i = 0; i < count; ++i) {
-      record.frames[i] = {static_cast<std::uint32_t>(transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512),
-                          64};
+      record.frames[i] = {
+          static_cast<std::uint32_t>(transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512), 64};
       record.used[i] = {i, 1, 76};
     }
     seal();

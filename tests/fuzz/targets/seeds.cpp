@@ -8,6 +8,7 @@
 #include "recovery/vault/protocol.hpp"
 #include "tests/fuzz/targets/descriptors.hpp"
 #include "tests/support/engine_world.hpp"
+#include "tests/support/tcp_packets.hpp"
 #include "tests/vmm/front_end.hpp"
 
 using namespace tandem;
@@ -174,6 +175,26 @@ TEST_CASE("engine_packed") {
   slot(indirect, kTx, 0, 3, static_cast<unsigned>(nic.transmit_slot(0) - kGuestBase), 32, 4);
   indirect.u8(kOffer).u16(0).u8(kPoll).u8(kSent);
   indirect.write("engine_packed", "indirect");
+}
+
+TEST_CASE("offload") {
+  const TcpShape shapes[] = {{},
+                             {.ipv6 = true},
+                             {.vlan_tags = 2, .ip_options = 3, .tcp_options = 3},
+                             {.ipv6 = true, .vlan_tags = 1, .ip_options = 2},
+                             {.payload = 90, .segment = 7, .flags = 0x99}};
+  for (unsigned n = 0; n < std::size(shapes); ++n) {
+    TcpPacket packet(shapes[n]);
+    Seed()
+        .u8(0xf)
+        .u16(1792)
+        .u16(504)
+        .value(packet.net)
+        .bytes(packet.bytes)
+        .write("offload", "tcp-" + std::to_string(n));
+    packet.net.gso_type = 0;
+    Seed().u8(1).u16(1792).u16(504).value(packet.net).bytes(packet.bytes).write("offload", "sum-" + std::to_string(n));
+  }
 }
 
 TEST_CASE("redo_record") {

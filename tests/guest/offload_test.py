@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests' TCP through checksum and segmentation offloads: to the uplink, between guests, with kills, and switched off in the XML.
+
+That a guest makes use of them is told by the NIC's own counters: packets much longer than the MTU.
+"""
+import os
+import signal
+import subprocess
+import sys
+
+from stage import Console, Stage, guest, host, perform, say
+
+PORT = 7300
+MTU = 1500
+MEGABYTES = 48
+SENDER = guest.Shape()
+NEIGHBOUR = guest.Shape(name=f"{host.NAME}-2", mac="52:54:00:7a:6d:02", address="10.98.76.3")
+PLAIN = guest.Shape(name=f"{host.NAME}-3", mac="52:54:00:7a:6d:03", address="10.98.76.4",
+                    offloads="<host csum='off' gso='off' tso4='off' tso6='off' ecn='off' ufo='off'/>"
+                             "<guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/>")
+ALL = ["csum", "tso4", "tso6", "ecn"]
+
+# Takes one connection, says how many bytes came and their hash.
+TAKE = f"""
+import hashlib, socket
+listener = socket.create_server(("", {PORT}))
+print("listening", flush=True)
+connection, _ = listener.accept()
+digest, count = hashlib.sha256(), 0
+while piece := connection.recv(1 << 20):
+    digest.update(piece)
+    count += len(piece)
+print(count, digest.hexdigest())
+"""
+
+
+class Offload(Stage):
+    def nic(self, shape):
+        return next(nic for nic in self.nics() if nic["mac"] == shape.mac)
+
+    def expect_offloads(self, shape, host_side, guest_side):
+        host.wait_for(lambda: self.nic(shape)["running_queues"] > 0, 60, f"waiting for {shape.name}'s driver")
+        found = self.nic(shape)["offloads"]
+        if found != {"host": host_side, "guest": guest_side}:
+            raise host.DemoError(f"{shape.name} agreed to {found}, expected {host_side} and {guest_side}")
+        say(f"{shape.name}: offloads of the host {found['host']}, of the guest {found['guest']}")
+
+    @staticmethod
+    def average(before, after, way):
+        packets = after[way]["packets"] - before[way]["packets"]
+        return (after[way]["bytes"] - before[way]["bytes"]) / max(packets, 1)
+
+    @staticmethod
+    def outside_received():
+        folder = "/sys/class/net/eth0/statistics"
+        words = host.in_namespace("cat", f"{folder}/rx_packets", f"{folder}/rx_bytes").stdout.split()
+        return int(words[0]), int(words[1])
+
+    def send_outside(self, what, shape, console, kills=0):
+        """From the guest to the namespace. Returns the average length of the guest's packets."""
+        taker = subprocess.Popen(("ip", "netns", "exec", host.NAME, sys.executable, "-c", TAKE), stdout=subprocess.PIPE, text=True)
+        self.journal.note("process", pid=taker.pid, started=host.start_time(taker.pid))
+        taker.stdout.readline()
+        before, seen = self.nic(shape), self.outside_received()
+        command = console.start(f"dd if=/dev/urandom of=/tmp/piece bs=1M count=8 && "
+                                f"for i in $(seq {MEGABYTES // 8}); do cat /tmp/piece; done >/tmp/all && "
+                                f"nc {host.OUTSIDE_ADDRESS} {PORT} </tmp/all && sha256sum /tmp/all")
+        for number in range(kills):
+            already = self.outside_received()[1]
+            host.wait_for(lambda: self.outside_received()[1] > already + (4 << 20), 60, f"{what}: waiting for the flow", 0.01)
+            victim = self.tandem.wait_whole()["active"]["pid"]
+            os.kill(victim, signal.SIGKILL)
+            self.tandem.wait_whole(not_pid=victim)
+            say(f"{what}: kill {number + 1}")
+        answer = taker.communicate(timeout=120)[0].split()
+        console.finish(command, 120)
+        if int(answer[0]) != MEGABYTES << 20 or answer[1] not in console.text:
+            raise host.DemoError(f"{what}: {answer[0]} bytes arrived, of {MEGABYTES << 20}, or they differ")
+        after, now = self.nic(shape), self.outside_received()
+        if after["tx"]["dropped"] != before["tx"]["dropped"]:
+            raise host.DemoError(f"{what}: {after['tx']['dropped'] - before['tx']['dropped']} packets were refused")
+        wire = (now[1] - seen[1]) / max(now[0] - seen[0], 1)
+        length = self.average(before, after, "tx")
+        say(f"{what}: stream whole; {length:.0f} bytes a packet from the guest, {wire:.0f} on the wire")
+        if wire > MTU + 14:
+            raise host.DemoError(f"{what}: frames of {wire:.0f} bytes on a wire of {MTU}")
+        return length
+
+    def send_to_neighbour(self, what, console, receiver, shape):
+        before = self.nic(shape)
+        listening = receiver.start(f"nc -l -p {PORT} >/tmp/got; sha256sum /tmp/got")
+        command = console.start(f"until nc {shape.address} {PORT} </tmp/all; do sleep 0.1; done")
+        console.finish(command, 120)
+        receiver.finish(listening, 120)
+        digest = console.text.rsplit("  /tmp/all", 1)[0].split()[-1]
+        if digest not in receiver.text:
+            raise host.DemoError(f"{what}: what arrived differs: {receiver.text[-300:]!r}")
+        length = self.average(before, self.nic(shape), "rx")
+        say(f"{what}: stream whole; {length:.0f} bytes a packet to the receiver")
+        return length
+
+    def run(self):
+        self.set_up()
+        consoles = {}
+        for shape in (SENDER, NEIGHBOUR, PLAIN):
+            guest.start(self.journal, plain=False, shape=shape)
+            consoles[shape] = Console(shape)
+            consoles[shape].wait_booted()
+        self.expect_offloads(SENDER, ALL, ALL)
+        self.expect_offloads(PLAIN, [], [])
+        if self.send_outside("with offloads", SENDER, consoles[SENDER]) < 2 * MTU:
+            raise host.DemoError("with offloads: the guest does not make use of segmentation")
+        if self.send_outside("with offloads and kills", SENDER, consoles[SENDER], kills=3) < 2 * MTU:
+            raise host.DemoError("with offloads and kills: the guest does not make use of segmentation")
+        if self.send_outside("switched off", PLAIN, consoles[PLAIN]) > MTU + 14:
+            raise host.DemoError("switched off: the guest's packets are longer than the MTU")
+        if self.send_to_neighbour("to a neighbour", consoles[SENDER], consoles[NEIGHBOUR], NEIGHBOUR) < 2 * MTU:
+            raise host.DemoError("to a neighbour: packets were cut for a guest that takes them whole")
+        if self.send_to_neighbour("to a neighbour without offloads", consoles[SENDER], consoles[PLAIN], PLAIN) > MTU + 14:
+            raise host.DemoError("to a neighbour without offloads: packets longer than the MTU")
+
+
+if __name__ == "__main__":
+    sys.exit(perform("offload_test", lambda build, journal: Offload(build, journal).run()))
