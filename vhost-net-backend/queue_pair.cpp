@@ -445,11 +445,9 @@ void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& a
       });
 }
 
-// What a packet of this pair may ask for, whoever it is for: more segments than the uplink can have at a time would
-// wait for ever.
+// What a packet of this pair may ask for, whoever it is for.
 OffloadLimits limits_of(const QueuePair& pair) {
-  const XskDescription& uplink = pair.port->description();
-  return {uplink.max_packet, std::min({kBurstFrames, uplink.tx_frames, pair.port->tx.size()})};
+  return {pair.port->description().max_packet, most_segments(*pair.port)};
 }
 
 // The request of a packet; nothing, confirmed, if it cannot be honoured. Both opinions look at our own copy, so a guest

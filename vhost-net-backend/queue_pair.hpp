@@ -6,6 +6,7 @@
 // Thread: the shard's owner only.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -105,6 +106,11 @@ struct QueuePair {
     return receive.queue.bound() && state->receive.fault.load(std::memory_order_relaxed) == QueueFault::kNone;
   }
 };
+
+/// Segments that a packet may have: what a record holds, and the uplink at a time; more would wait for ever.
+inline std::uint32_t most_segments(const XskPort& port) {
+  return std::min({kBurstFrames, port.description().tx_frames, port.tx.size()});
+}
 
 /// Guest -> uplink or another guest, uplink -> guest: one burst of at most kBurstPackets. Returns the number of ring
 /// entries moved, 0 when there was nothing to do or no room. The record is disarmed on return.

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <ctime>
 
@@ -412,13 +413,20 @@ void Shard::watch_owner() {
 
 namespace {
 
-// Whether the uplink takes another frame: a full TX ring, or frames that it keeps, are its fault and not the owner's.
-// While the owner moves nothing this can only become true, never false.
-bool takes_frames(const XskPort& port, const QueuePairState& pair) {
-  if (port.tx.producer() - port.tx.consumer() >= port.tx.size()) return false;
-  if (port.completion.producer() != port.completion.consumer()) return true;
+// Whether the uplink takes the next packet, whatever it is: a full TX ring, or frames that it keeps, are its fault and
+// not the owner's. A packet that may have to be segmented takes as many as there can be of it. While the owner moves
+// nothing this can only become true, never false.
+bool takes_packets(const XskPort& port, const QueuePairState& pair, OffloadSet asked) {
+  const bool cuts = (asked.bits & (OffloadSet::kTcp4 | OffloadSet::kTcp6)) != 0;
+  const std::uint32_t needed = cuts ? most_segments(port) : 1;
+  const std::uint32_t posted = std::min(port.tx.producer() - port.tx.consumer(), port.tx.size());
+  if (port.tx.size() - posted < needed) return false;
+  // Completed ones are the owner's to take.
+  std::uint32_t frames = port.completion.producer() - port.completion.consumer();
   const std::uint32_t words = port.description().tx_frames / 64;
-  return std::any_of(pair.transmit_busy, pair.transmit_busy + words, [](std::uint64_t busy) { return ~busy != 0; });
+  for (std::uint32_t i = 0; i < words && frames < needed; ++i)
+    frames += static_cast<std::uint32_t>(std::popcount(~pair.transmit_busy[i]));
+  return frames >= needed;
 }
 
 }  // namespace
@@ -443,7 +451,9 @@ bool Shard::work_waits() {
       };
       if (!serves(index)) continue;
       // Packets without buffers are the guest's fault.
-      if (works(transmit, pair.transmit) && takes_frames(port, pair)) return true;
+      if (works(transmit, pair.transmit) &&
+          takes_packets(port, pair, OffloadSet::asked_by_guest(device->description().features)))
+        return true;
       if (works(receive, pair.receive) && port.rx.consumer() != port.rx.producer() &&
           (pair.receive.starved == 0 || receive.queue.offers(static_cast<std::uint16_t>(pair.receive.starved))))
         return true;

@@ -111,6 +111,11 @@ class Console:
     def run(self, command, limit=60):
         self.finish(self.start(command), limit)
 
+    def ask(self, command, limit=60):
+        """Runs it; the last line that it prints."""
+        self.run(command, limit)
+        return self.text.rpartition("done-0-")[0].strip().splitlines()[-1].strip()
+
     def wait_booted(self, limit=90):
         """Until init has said so once more than at the last call, and its shell listens."""
         self.boots += 1

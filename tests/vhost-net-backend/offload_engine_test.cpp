@@ -133,6 +133,8 @@ TEST_CASE("offloads to the uplink: a packet waits until all of its frames are fr
   Bench bench(shape);
   const TcpPacket packet(TcpShape{.payload = 40 * 100, .segment = 100});  // 40 segments
   const auto frames = reference_cut(packet);
+  ShardStepper heir(bench.world.segment(), bench.fence.view(), 2);
+  heir.hold(bench.world.make_ports(), {bench.world.make_device(bench.world.describe(1))});
   for (int i = 0; i < 3; ++i) REQUIRE(bench.nic().send(packet.bytes, ask(packet)));
   bench.nic().transmit.publish();
   for (int i = 0; i < 3; ++i) {
@@ -148,7 +150,10 @@ TEST_CASE("offloads to the uplink: a packet waits until all of its frames are fr
     while (bench.owner.poll_once()) {
     }
     CHECK(bench.kernel().transmit_waiting() == 0);
+    // It is the uplink that keeps it waiting, and no owner is ended for that.
+    CHECK_FALSE(heir.work_waits());
     CHECK(bench.kernel().complete() == 40);
+    CHECK(heir.work_waits() == (i < 2));
   }
   CHECK(bench.state().transmit.packets == 3);
   CHECK(sent_by(bench).empty());
