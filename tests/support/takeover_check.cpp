@@ -2,6 +2,10 @@
 // Draining a world after a takeover, and judging it.
 #include "tests/support/takeover_check.hpp"
 
+#include <algorithm>
+
+#include "common/layout/redo_checksum.hpp"
+
 namespace tandem::test {
 
 Verdict& Verdict::operator+=(const Verdict& other) {
@@ -19,6 +23,10 @@ Verdict& Verdict::operator+=(const Verdict& other) {
 bool Verdict::clean() const {
   return tally.clean() && leaked_frames == 0 && descriptor_errors == 0 && record_left == 0 && not_notified == 0 &&
          miscounted == 0 && trespasses == 0 && stopped == 0;
+}
+
+void sign(RedoRecord& record) {
+  record.arm.store(std::uint64_t{record.epoch} << 32 | redo_checksum(record));
 }
 
 bool let_go(const EngineWorld& world) {

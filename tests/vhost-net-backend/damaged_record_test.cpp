@@ -6,7 +6,6 @@
 #include <cstring>
 #include <functional>
 
-#include "common/layout/redo_checksum.hpp"
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
 #include "tests/vhost-net-backend/probe.hpp"
@@ -53,10 +52,6 @@ struct Trial {
   std::shared_ptr<const UplinkPorts> ports;
   std::shared_ptr<const Device> device;
 };
-
-void sign(RedoRecord& record) {
-  record.arm.store(std::uint64_t{record.epoch} << 32 | redo_checksum(record));
-}
 
 // Shared bytes besides owner word and record that an heir changed.
 std::size_t changed(const EngineWorld& world, const std::vector<std::byte>& before) {
