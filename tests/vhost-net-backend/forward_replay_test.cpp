@@ -215,7 +215,7 @@ TEST_CASE("forward: a flipped bit anywhere in either half of an armed record: it
   const RedoRecord& record = crashed.world.record();
   const auto end = [](std::size_t used, std::uint32_t count) { return used + count * sizeof(RedoUsed); };
   const std::pair<std::size_t, std::size_t> in_use[] = {
-      {0, offsetof(RedoRecord, frames)},
+      {0, offsetof(RedoRecord, used)},
       {offsetof(RedoRecord, used), end(offsetof(RedoRecord, used), record.used_count)},
       {offsetof(RedoRecord, destination),
        end(offsetof(RedoRecord, destination) + offsetof(RedoDestination, used), record.destination.used_count)}};
