@@ -66,6 +66,7 @@ class Member {
   std::vector<std::uint32_t> rings;             ///< their wake rings
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
+  std::uint32_t reported_shards = 0;  ///< a bit for each shard of which it has said, as an heir, that it took it over
   std::uint64_t heir_since_ns = 0;
   std::uint64_t ended_as_hung_ns = 0;  ///< 0: it was not
   EventLoop::Source on_message, on_exit;

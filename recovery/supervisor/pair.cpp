@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <ctime>
 #include <fstream>
@@ -162,7 +163,9 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
   const bool owns = shards_owned(member) > 0 && owner() == nullptr;
   member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
   member.heir_since_ns = now_ns();
-  if (owns) owner_pid_ = pid;
+  if (!owns) return;
+  owner_pid_ = pid;
+  member.reported_shards = ~0u;  // to the supervisor before us, or never
 }
 
 void Pair::adopt_device(std::uint32_t device, std::uint32_t first_queue_pair, std::vector<XskDescription> ports,
@@ -572,13 +575,16 @@ void Pair::on_took_over(Member& member, const TakeoverBody& body) {
     tags_.retire(previous);
     tag_pids_.erase(victim);
   }
+  member.reported_shards |= 1u << body.shard;
+  // Not before the last report: the shards change hands before they are reported, and each report names a dead owner.
+  if (static_cast<std::uint32_t>(std::popcount(member.reported_shards)) == config_.shards) forget_dead_tags();
   if (known || shards_owned(member) < config_.shards) return;
-  forget_dead_tags();
   early_deaths_ = 0;
   for (Member& other : members_) {
     if (other.stage != Member::Stage::kOwner) continue;
     other.stage = fence_.dead(other.tags[0]) ? Member::Stage::kDead : Member::Stage::kArmed;
     other.heir_since_ns = now_ns();
+    other.reported_shards = 0;
     for (std::uint32_t i = 0; other.stage == Member::Stage::kArmed && i < config_.shards; ++i)
       give_heir_priority(other, i);
   }
@@ -652,14 +658,18 @@ void Pair::on_exit(pid_t pid) {
 }
 
 void Pair::forget_watches(Member& member, bool owned) {
+  const Member* heir = owner();
   for (std::size_t i = 0; i < member.tags.size(); ++i) {
     // A death takes its own watch away; only one that is still this thread's may be removed, for the tid may name
     // another by now.
     if (fence_.set_ring(member.threads[i], member.tags[i], TANDEM_FENCE_NO_RING))
       static_cast<void>(fence_.unwatch(member.threads[i]));
     // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it.
-    // A member that the segment names owned too, though its own report never came.
-    if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i]) continue;
+    // A member that the segment names owned too, though its own report never came. Of several shards each is reported
+    // by itself: the heir may count as owner, by the segment, with reports still on their way.
+    if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i] ||
+        (heir != nullptr && (heir->reported_shards >> i & 1u) == 0))
+      continue;
     tags_.retire(member.tags[i]);
     tag_pids_.erase(member.tags[i]);
   }

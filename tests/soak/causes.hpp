@@ -21,13 +21,14 @@ struct Cause {
   int signal;           ///< kSignal
   const char* fault;    ///< kDrill
   const char* died_of;  ///< the incident's cause
-  const char* hang;     ///< the incident's verdict; nullptr: none; "any": whatever it is
+  const char* hang;     ///< the verdict; nullptr: none; "some": whatever it is; "any": that, or none
 };
 
 /// All causes.
 const std::vector<Cause>& causes();
 
-/// What in the incident differs from what the cause must look like; empty if nothing.
-std::string differs(const Cause& cause, const nlohmann::json& incident);
+/// What in the incidents of one death, one of each shard, differs from what the cause must look like; empty if nothing.
+/// A drill hangs the poll thread of one shard: then one incident has the verdict, the others' owners died of it.
+std::string differs(const Cause& cause, const std::vector<nlohmann::json>& incidents);
 
 }  // namespace tandem::test

@@ -31,10 +31,20 @@ int main(int argc, char** argv) {
   app.add_option("--devices", options.devices, "NICs, each of a guest of its own")->check(CLI::Range(1u, 16u));
   app.add_option("--queue-pairs", options.queue_pairs, "Of each NIC")->check(CLI::Range(1u, 8u));
   app.add_option("--shards", options.shards, "Poll threads of each backend")->check(CLI::Range(1u, 8u));
+  app.add_option("--rings", options.rings, "Of the NICs; mixed: every second one packed")
+      ->check(CLI::IsMember({"mixed", "split", "packed"}));
+  app.add_option("--between-guests", options.between_guests, "Whether each guest sends to the next one, too");
   app.add_option("--rate", options.rate, "Frames per second, all flows together; 0: as many as go");
   app.add_option("--cause", options.only, "Only this cause, by its name in the report");
   app.add_flag("--progress", options.progress, "Say every 10 s how far it is");
   CLI11_PARSE(app, argc, argv);
+  if (options.shards > options.devices * options.queue_pairs) {
+    std::fprintf(stderr,
+                 "soak: %u shards for %u queue pairs: one without a queue pair never tells of a failover; "
+                 "ask for fewer shards or more queue pairs\n",
+                 options.shards, options.devices * options.queue_pairs);
+    return 2;
+  }
   if (const std::string reason = PairHost::prepare(); !reason.empty()) {
     std::printf("SKIPPED: %s\n", reason.c_str());
     return 77;
@@ -47,7 +57,8 @@ int main(int argc, char** argv) {
     auto figures = report.to_json();
     figures["options"] = {{"kills", options.kills},     {"seed", options.seed},
                           {"devices", options.devices}, {"queue_pairs", options.queue_pairs},
-                          {"shards", options.shards},   {"rate", options.rate}};
+                          {"shards", options.shards},   {"rate", options.rate},
+                          {"rings", options.rings},     {"between_guests", options.between_guests}};
     std::ofstream file(json_file);
     file << figures.dump(2) << '\n';
     if (!file.flush()) {

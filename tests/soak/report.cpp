@@ -58,7 +58,7 @@ void SoakReport::add_to(Row& row, const Kill& kill) {
   row.harm.tally += kill.harm.tally;
   row.harm.ring_errors += kill.harm.ring_errors;
   row.unexpected += !kill.unexpected.empty();
-  bool replayed = false;
+  bool replayed = false, forward = false;
   for (const json& incident : kill.incidents) {
     // Until the heir is awake: from the signal; else from the owner's last sign of life; one that slept gave none, and
     // counts from its death.
@@ -68,8 +68,10 @@ void SoakReport::add_to(Row& row, const Kill& kill) {
     row.detection.add(stage(incident, "heir_awake") - from);
     row.takeover.add(stage(incident, "replayed") - stage(incident, "heir_awake"));
     replayed = replayed || incident["replayed"].value("armed", false);
+    forward = forward || incident["replayed"].value("direction", "") == "forward";
   }
   row.replayed += replayed;
+  row.replayed_forwards += forward;
 }
 
 void SoakReport::add(const Kill& kill) {
@@ -95,6 +97,7 @@ json SoakReport::row_json(const Row& row) {
   json out = harm_json(row.harm);
   out["count"] = row.count;
   out["replayed"] = row.replayed;
+  out["replayed_forwards"] = row.replayed_forwards;
   out["unexpected"] = row.unexpected;
   out["detection_us"] = row.detection.to_json();
   out["takeover_us"] = row.takeover.to_json();
@@ -112,6 +115,8 @@ json SoakReport::to_json() const {
   total.update(harm_json(totals_.count));
   total["sent_to_guests"] = totals_.count.sent_in;
   total["sent_by_guests"] = totals_.count.sent_out;
+  total["sent_between_guests"] = totals_.count.sent_between;
+  total["sent_to_bridge"] = totals_.sent_to_bridge;
   total["arrived"] = totals_.count.arrived;
   total["stalls"] = totals_.count.stalls;
   total["overflow"] = totals_.overflow;
@@ -145,11 +150,12 @@ void SoakReport::print() const {
   for (const std::string& text : unexpected_) std::printf("unexpected: %s\n", text.c_str());
   const json total = to_json()["total"];
   std::printf(
-      "%llu frames to guests, %llu from guests, %.0f/s; %.0f kills a minute; %llu replayed, overflow %llu, unasked "
-      "failovers %llu, ring errors %llu, stalls %llu%s%s\n",
+      "%llu frames to guests, %llu from guests, %llu between them, %.0f/s; %.0f kills a minute; %llu replayed, %llu of "
+      "them forwards, overflow %llu, unasked failovers %llu, ring errors %llu, stalls %llu%s%s\n",
       static_cast<unsigned long long>(totals_.count.sent_in), static_cast<unsigned long long>(totals_.count.sent_out),
-      total["frames_per_second"].get<double>(), total["kills_per_minute"].get<double>(),
-      static_cast<unsigned long long>(all_.replayed), static_cast<unsigned long long>(totals_.overflow),
+      static_cast<unsigned long long>(totals_.count.sent_between), total["frames_per_second"].get<double>(),
+      total["kills_per_minute"].get<double>(), static_cast<unsigned long long>(all_.replayed),
+      static_cast<unsigned long long>(all_.replayed_forwards), static_cast<unsigned long long>(totals_.overflow),
       static_cast<unsigned long long>(totals_.unasked_failovers),
       static_cast<unsigned long long>(totals_.count.ring_errors), static_cast<unsigned long long>(totals_.count.stalls),
       totals_.left_behind.empty() ? "" : "; left behind:", totals_.left_behind.c_str());

@@ -47,6 +47,7 @@ class SoakReport {
   struct Totals {
     Load::Count count;
     std::uint64_t overflow = 0;           ///< frames that found a ring or queue on the way full, and never entered
+    std::uint64_t sent_to_bridge = 0;     ///< frames that guests sent through their uplinks
     std::uint64_t unasked_failovers = 0;  ///< incidents without a kill: hang verdicts on an owner nobody had touched
     std::vector<std::string> stalls;      ///< in words
     double seconds = 0, kill_seconds = 0;
@@ -62,7 +63,7 @@ class SoakReport {
 
  private:
   struct Row {
-    std::uint64_t count = 0, replayed = 0, unexpected = 0;
+    std::uint64_t count = 0, replayed = 0, replayed_forwards = 0, unexpected = 0;
     Samples detection, takeover, gap, control, pause;
     Load::Count harm;
   };

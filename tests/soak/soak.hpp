@@ -23,7 +23,9 @@ namespace tandem::test {
 struct SoakOptions {
   unsigned kills = 200;
   std::uint64_t seed = 1;
-  unsigned devices = 2, queue_pairs = 2, shards = 1;
+  unsigned devices = 3, queue_pairs = 2, shards = 2;
+  std::string rings = "mixed";  ///< "split", "packed", or "mixed": every second NIC packed
+  bool between_guests = true;   ///< traffic from guest to guest, which goes from ring to ring
   std::uint64_t rate = 0;
   std::string only;       ///< one cause by its name; empty: all
   bool progress = false;  ///< a line every now and then
@@ -44,6 +46,8 @@ class Soak {
   json next_incident();
   std::vector<json> incidents_of(pid_t victim);
   std::uint64_t overflow() const;
+  std::uint64_t sent_to_bridge() const;
+  bool packed(unsigned device) const;
 
   SoakOptions options_;
   std::mt19937_64 random_;

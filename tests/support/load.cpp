@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::uint64_t kBurst = 32;
 constexpr long kNapNs = 20'000;
-constexpr std::uint16_t kFlowsOfGuest = 64, kFirstInward = 32;
+constexpr std::uint16_t kFlowsOfGuest = 64, kFirstBetween = 16, kFirstInward = 32;
 constexpr std::size_t kMostTexts = 20;
 constexpr std::size_t kNoFlow = ~std::size_t{0};
 
@@ -35,6 +35,7 @@ Load::Count Load::Count::operator-(const Count& earlier) const {
   difference.tally.corrupt = tally.corrupt - earlier.tally.corrupt;
   difference.sent_in = sent_in - earlier.sent_in;
   difference.sent_out = sent_out - earlier.sent_out;
+  difference.sent_between = sent_between - earlier.sent_between;
   difference.arrived = arrived - earlier.arrived;
   difference.stalls = stalls - earlier.stalls;
   difference.ring_errors = ring_errors - earlier.ring_errors;
@@ -45,16 +46,28 @@ Load::Load(std::vector<LoadGuest*> guests, const std::vector<std::string>& macs,
     : guests_(std::move(guests)), options_(options) {
   const MacAddress outside = parse_mac("02:00:00:00:00:01");
   for (std::size_t i = 0; i < guests_.size(); ++i) {
-    const MacAddress mac = parse_mac(macs[i].c_str());
     const auto base = static_cast<std::uint16_t>(i * kFlowsOfGuest);
-    for (std::uint32_t pair = 0; pair < guests_[i]->queue_pairs(); ++pair)
-      flows_.emplace_back(static_cast<std::uint16_t>(base + pair), i, pair, false, outside, mac);
-    for (unsigned n = 0; n < options_.flows_in; ++n)
-      flows_.emplace_back(static_cast<std::uint16_t>(base + kFirstInward + n), i, 0, true, mac, outside);
+    const std::size_t next = (i + 1) % guests_.size();
+    const auto add = [&](unsigned id, std::size_t from, std::size_t to, std::uint32_t pair) {
+      const auto address = [&](std::size_t end) { return end == kOutside ? outside : parse_mac(macs[end].c_str()); };
+      flows_.push_back({{static_cast<std::uint16_t>(base + id), address(to), address(from)}, from, to, pair});
+    };
+    for (std::uint32_t pair = 0; pair < guests_[i]->queue_pairs(); ++pair) {
+      add(pair, i, kOutside, pair);
+      if (options_.between_guests && next != i) add(kFirstBetween + pair, i, next, pair);
+    }
+    for (unsigned n = 0; n < options_.flows_in; ++n) add(kFirstInward + n, kOutside, i, 0);
   }
   flow_of_id_.assign(guests_.size() * kFlowsOfGuest, kNoFlow);
   for (std::size_t i = 0; i < flows_.size(); ++i) flow_of_id_[flows_[i].frames.flow()] = i;
-  credit_ = std::max<std::uint64_t>(1, options_.credit / flows_.size());
+  // Nothing waits for a guest's buffers but what came from the outside, so all flows towards one guest must fit into
+  // one of its rings. One frame in five may take two of its buffers.
+  std::size_t most_towards = 1;
+  for (std::size_t i = 0; i < guests_.size(); ++i)
+    most_towards = std::max<std::size_t>(
+        most_towards, std::count_if(flows_.begin(), flows_.end(), [i](const Flow& flow) { return flow.to == i; }));
+  const std::uint64_t fits = options_.between_guests ? LoadGuest::kSlots * 4 / 5 / most_towards : options_.credit;
+  credit_ = std::max<std::uint64_t>(1, std::min(options_.credit / flows_.size(), fits));
 }
 
 Load::~Load() {
@@ -84,7 +97,7 @@ Load::Count Load::count() const {
   const auto locked = lock();
   for (const Flow& flow : flows_) {
     count.tally += flow.ledger.tally();
-    (flow.inward ? count.sent_in : count.sent_out) += flow.sent;
+    (flow.from == kOutside ? count.sent_in : flow.to == kOutside ? count.sent_out : count.sent_between) += flow.sent;
     count.arrived += flow.ledger.arrived();
   }
   count.stalls = stalls_;
@@ -96,7 +109,7 @@ Tally Load::tally_of(std::size_t guest) const {
   Tally tally;
   const auto locked = lock();
   for (const Flow& flow : flows_)
-    if (flow.guest == guest) tally += flow.ledger.tally();
+    if (flow.from == guest || flow.to == guest) tally += flow.ledger.tally();
   return tally;
 }
 
@@ -159,10 +172,10 @@ std::size_t Load::round(bool send) {
   for (std::size_t guest = 0; guest < guests_.size(); ++guest)
     for (std::uint32_t pair = 0; pair < guests_[guest]->queue_pairs(); ++pair) {
       const std::int64_t now = now_ns();
-      moved += guests_[guest]->receive(pair, [&](std::span<const std::byte> frame) { take(frame, true, guest, now); });
+      moved += guests_[guest]->receive(pair, [&](std::span<const std::byte> frame) { take(frame, guest, now); });
     }
   std::int64_t now = now_ns();
-  moved += outside_.receive([&](std::span<const std::byte> frame) { take(frame, false, 0, now); });
+  moved += outside_.receive([&](std::span<const std::byte> frame) { take(frame, kOutside, now); });
   now = now_ns();
   look_for_stalls(now);
   if (!send) return moved;
@@ -177,7 +190,9 @@ std::size_t Load::round(bool send) {
     Flow& flow = flows_[(first_flow_ + i) % flows_.size()];
     std::uint64_t most = std::min(kBurst, credit_ - std::min(credit_, flow.on_their_way()));
     if (options_.rate != 0) most = std::min(most, static_cast<std::uint64_t>(std::max(allowance_, 0.0)));
-    const std::size_t sent = most == 0 ? 0 : flow.inward ? send_in(flow, most) : send_out(flow, most);
+    const std::size_t sent = most == 0               ? 0
+                             : flow.from == kOutside ? send_from_outside(flow, most)
+                                                     : send_from_guest(flow, most);
     allowance_ -= static_cast<double>(sent);
     moved += sent;
   }
@@ -185,7 +200,7 @@ std::size_t Load::round(bool send) {
   return moved;
 }
 
-std::size_t Load::send_in(Flow& flow, std::uint64_t most) {
+std::size_t Load::send_from_outside(Flow& flow, std::uint64_t most) {
   for (std::uint64_t i = 0; i < most; ++i) {
     if (outside_.full()) outside_.flush();
     outside_.queue(flow.frames.write(flow.sent++, outside_.next()));
@@ -193,8 +208,8 @@ std::size_t Load::send_in(Flow& flow, std::uint64_t most) {
   return most;
 }
 
-std::size_t Load::send_out(Flow& flow, std::uint64_t most) {
-  LoadGuest& guest = *guests_[flow.guest];
+std::size_t Load::send_from_guest(Flow& flow, std::uint64_t most) {
+  LoadGuest& guest = *guests_[flow.from];
   std::size_t sent = 0;
   while (sent < most &&
          guest.send(flow.pair, [&](std::span<std::byte> room) { return flow.frames.write(flow.sent, room); })) {
@@ -205,27 +220,31 @@ std::size_t Load::send_out(Flow& flow, std::uint64_t most) {
   return sent;
 }
 
-void Load::take(std::span<const std::byte> frame, bool inward, std::size_t guest, std::int64_t now) {
+void Load::take(std::span<const std::byte> frame, std::size_t receiver, std::int64_t now) {
   const auto name = PrimeFrames::name(frame);
   if (!name) return;  // the host's own, or nothing but noise: what was ours before is then missing
   if (name->flow >= flow_of_id_.size() || flow_of_id_[name->flow] == kNoFlow) return;
   Flow& flow = flows_[flow_of_id_[name->flow]];
-  // The bridge floods what it has not learned: frames for another guest are not ours to count.
-  if (flow.inward != inward || (inward && flow.guest != guest)) return;
+  // The bridge floods what it has not learned: frames for somebody else are not ours to count.
+  if (flow.to != receiver) return;
   flow.ledger.note(name->number, flow.frames.intact(name->number, frame), flow.sent);
   flow.longest_ns = std::max(flow.longest_ns, now - flow.last_ns);
   flow.last_ns = now;
 }
 
 void Load::look_for_stalls(std::int64_t now) {
+  const auto name_of = [](std::size_t end) {
+    return end == kOutside ? std::string("outside") : "guest " + std::to_string(end);
+  };
   const std::int64_t patience = std::chrono::nanoseconds(options_.patience).count();
   for (Flow& flow : flows_) {
     if (now - flow.last_ns < patience || flow.on_their_way() == 0) continue;
     if (stall_texts_.size() < kMostTexts)
-      stall_texts_.push_back("flow " + std::to_string(flow.frames.flow()) + (flow.inward ? " in, " : " out, ") +
-                             std::to_string(flow.on_their_way()) + " on their way, last " +
+      stall_texts_.push_back("flow " + std::to_string(flow.frames.flow()) + " from " + name_of(flow.from) + " to " +
+                             name_of(flow.to) + ", " + std::to_string(flow.on_their_way()) + " on their way, last " +
                              std::to_string((now - flow.last_ns) / 1'000'000) + " ms ago, at " + std::to_string(now) +
-                             " ns: " + guests_[flow.guest]->describe());
+                             " ns: " + guests_[flow.from == kOutside ? flow.to : flow.from]->describe() +
+                             (flow.from == kOutside || flow.to == kOutside ? "" : guests_[flow.to]->describe()));
     flow.ledger.write_off(flow.sent);
     flow.longest_ns = std::max(flow.longest_ns, now - flow.last_ns);
     flow.last_ns = now;

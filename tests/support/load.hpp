@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Load: numbered traffic both ways between the outside and several guests, as fast as the machine allows, in a thread
-// of its own, with books that are always up to date.
+// Load: numbered traffic both ways between the outside and several guests, and from guest to guest, as fast as the
+// machine allows, in a thread of its own, with books that are always up to date.
 //
-// Flows: one out of each queue pair, and `flows_in` towards each NIC, which the host spreads over its queues. Each flow
-// has a credit: so many frames are on their way, no more, and a frame that arrives gives its credit back. The credits
-// of all flows together fit into every queue on the way, so that no ring can overflow and what is missing is a loss.
+// Flows: one out of each queue pair, `flows_in` towards each NIC, which the host spreads over its queues, and, if asked
+// for, one out of each queue pair to the next guest. Each flow has a credit: so many frames are on their way, no more,
+// and a frame that arrives gives its credit back. The credits of all flows together fit into every queue on the way,
+// and those towards a guest into each of its receive rings, so that no ring can overflow and what is missing is a loss.
 //
 // A *stretch* is a piece of time in which the longest silence of any flow is measured, for gaps.
 //
@@ -31,13 +32,14 @@ class Load {
  public:
   struct Options {
     unsigned flows_in = 4;             ///< towards each NIC
+    bool between_guests = false;       ///< each queue pair sends to the next guest, too; the last one to the first
     unsigned credit = 600;             ///< frames on their way, all flows together (a CPU's backlog takes 1000)
     std::uint64_t rate = 0;            ///< frames sent per second, all flows together; 0: as many as go
     std::chrono::seconds patience{3};  ///< a flow silent for so long, with frames on their way, has lost them
   };
   struct Count {
     Tally tally;
-    std::uint64_t sent_in = 0, sent_out = 0, arrived = 0;
+    std::uint64_t sent_in = 0, sent_out = 0, sent_between = 0, arrived = 0;
     std::uint64_t stalls = 0;       ///< flows written off after `patience`
     std::uint64_t ring_errors = 0;  ///< LoadGuest::ring_errors() of all guests
     Count operator-(const Count& earlier) const;
@@ -75,23 +77,20 @@ class Load {
 
  private:
   struct Flow {
-    Flow(std::uint16_t id, std::size_t guest_index, std::uint32_t queue_pair, bool towards_guest, const MacAddress& to,
-         const MacAddress& from)
-        : frames(id, to, from), guest(guest_index), pair(queue_pair), inward(towards_guest) {}
     PrimeFrames frames;
-    std::size_t guest;
-    std::uint32_t pair;  // of flows out
-    bool inward;
+    std::size_t from, to;    // guests, or kOutside
+    std::uint32_t pair = 0;  // of the guest that sends
     std::uint64_t sent = 0;
-    FlowLedger ledger;
+    FlowLedger ledger = {};
     std::int64_t last_ns = 0, longest_ns = 0;
     [[nodiscard]] std::uint64_t on_their_way() const { return sent - ledger.next(); }
   };
+  static constexpr std::size_t kOutside = ~std::size_t{0};
   void run();
   std::size_t round(bool send);
-  void take(std::span<const std::byte> frame, bool inward, std::size_t guest, std::int64_t now);
-  std::size_t send_in(Flow& flow, std::uint64_t most);
-  std::size_t send_out(Flow& flow, std::uint64_t most);
+  void take(std::span<const std::byte> frame, std::size_t receiver, std::int64_t now);
+  std::size_t send_from_outside(Flow& flow, std::uint64_t most);
+  std::size_t send_from_guest(Flow& flow, std::uint64_t most);
   void look_for_stalls(std::int64_t now);
   [[nodiscard]] bool all_arrived() const;
 

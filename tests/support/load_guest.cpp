@@ -18,17 +18,18 @@ constexpr std::uint32_t kHeader = ScriptedFrontEnd::kHeader;
 static_assert(LoadGuest::kRingSize * DriverQueue::kBufferSize == LoadGuest::kSlots * LoadGuest::kSlotBytes,
               "the front end's buffers of one ring are our slots");
 
-FrontEndOptions front_end_options(std::uint32_t queue_pairs) {
+FrontEndOptions front_end_options(std::uint32_t queue_pairs, bool packed) {
   FrontEndOptions options;
   options.queue_pairs = queue_pairs;
   options.ring_size = LoadGuest::kRingSize;
   options.post_buffers = false;
+  if (packed) options.features |= virtio_feature::kRingPacked;
   return options;
 }
 
-RingPlace place_of(std::uint32_t vring) {
+RingPlace place_of(std::uint32_t vring, bool packed) {
   const std::uint64_t area = vring * DriverQueue::kAreaSize;
-  return {LoadGuest::kRingSize, area, area + DriverQueue::kAvailAt, area + DriverQueue::kUsedAt};
+  return {LoadGuest::kRingSize, area, area + DriverQueue::kAvailAt, area + DriverQueue::kUsedAt, packed};
 }
 
 }  // namespace
@@ -37,9 +38,9 @@ std::uint64_t LoadGuest::slot_address(std::uint32_t vring, std::uint32_t slot) {
   return ScriptedFrontEnd::kBuffersGuest + (std::uint64_t{vring} * kSlots + slot) * kSlotBytes;
 }
 
-LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number)
-    : receive(space, place_of(2 * number), /*event_index=*/true),
-      transmit(space, place_of(2 * number + 1), /*event_index=*/true),
+LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number, bool packed)
+    : receive(space, place_of(2 * number, packed), /*event_index=*/true),
+      transmit(space, place_of(2 * number + 1, packed), /*event_index=*/true),
       index(number),
       // Odd queue pairs have small buffers, so that long frames take two of them (MRG_RXBUF).
       receive_bytes(number % 2 == 0 ? 2048 : 1024),
@@ -50,13 +51,13 @@ LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number)
   for (std::uint32_t slot = kSlots; slot > 0; --slot) free_send_slots.push_back(static_cast<std::uint16_t>(slot - 1));
 }
 
-LoadGuest::LoadGuest(const std::string& socket, std::uint32_t queue_pairs)
-    : front_end_(socket, front_end_options(queue_pairs)) {
+LoadGuest::LoadGuest(const std::string& socket, std::uint32_t queue_pairs, bool packed)
+    : front_end_(socket, front_end_options(queue_pairs, packed)) {
   const std::span<std::byte> memory = front_end_.memory();
   space_.add(0, front_end_.rings_size(), memory.data());
   space_.add(ScriptedFrontEnd::kBuffersGuest, memory.size() - front_end_.rings_size(),
              memory.data() + front_end_.rings_size());
-  for (std::uint32_t pair = 0; pair < queue_pairs; ++pair) pairs_.emplace_back(space_, pair);
+  for (std::uint32_t pair = 0; pair < queue_pairs; ++pair) pairs_.emplace_back(space_, pair, packed);
   for (std::uint32_t vring = 0; vring < 2 * queue_pairs; ++vring)
     shadows_.push_back({std::vector<vring_desc>(kRingSize), std::vector<std::uint16_t>(kRingSize)});
   fill_canaries();
@@ -74,11 +75,14 @@ std::string LoadGuest::describe() {
   for (const Pair& pair : pairs_)
     for (const GuestQueue* queue : {&pair.receive, &pair.transmit}) {
       const DriverQueue& ring = front_end_.queue(2 * pair.index + (queue == &pair.transmit ? 1 : 0));
-      std::uint16_t avail_event = 0;
-      std::memcpy(&avail_event, &ring.used->ring[kRingSize], sizeof avail_event);
+      // Where the device wants to be kicked: behind a split ring's used elements, or first in a packed one's event
+      // area.
+      std::uint16_t kick_at = 0;
+      std::memcpy(&kick_at, packed() ? static_cast<const void*>(ring.used) : &ring.used->ring[kRingSize],
+                  sizeof kick_at);
       text += (queue == &pair.receive ? "rx " : "tx ") + std::to_string(pair.index) + ": avail " +
-              std::to_string(queue->avail_index()) + ", used " + std::to_string(queue->used_index()) + ", taken " +
-              std::to_string(queue->used_taken()) + ", kick wanted at " + std::to_string(avail_event) + "; ";
+              std::to_string(queue->avail_index()) + ", not yet taken " + std::to_string(queue->published()) +
+              ", taken " + std::to_string(queue->used_taken()) + ", kick wanted at " + std::to_string(kick_at) + "; ";
     }
   return text;
 }
@@ -193,6 +197,7 @@ std::size_t LoadGuest::receive(std::uint32_t index, const std::function<void(std
 }
 
 void LoadGuest::remember(const GuestQueue& queue, std::uint32_t vring, std::uint16_t head) {
+  if (packed()) return;
   Shadow& shadow = shadows_[vring];
   shadow.avail[static_cast<std::uint16_t>(queue.avail_index() - 1) % kRingSize] = head;
   // Read back from memory that a faulty backend may write: neither an index nor the end of the chain is to be relied
@@ -210,13 +215,14 @@ template <class Visitor>
 void LoadGuest::for_each_canary(Visitor visit) {
   std::byte* memory = front_end_.memory().data();
   constexpr std::uint64_t kDescriptorBytes = kRingSize * sizeof(vring_desc);
-  constexpr std::uint64_t kAvailBytes = 4 + 2 * std::uint64_t{kRingSize} + 2;
-  constexpr std::uint64_t kUsedBytes = 4 + sizeof(vring_used_elem) * std::uint64_t{kRingSize} + 2;
+  const std::uint64_t avail_bytes = packed() ? sizeof(vring_packed_desc_event) : 4 + 2 * std::uint64_t{kRingSize} + 2;
+  const std::uint64_t used_bytes =
+      packed() ? sizeof(vring_packed_desc_event) : 4 + sizeof(vring_used_elem) * std::uint64_t{kRingSize} + 2;
   for (std::uint32_t vring = 0; vring < shadows_.size(); ++vring) {
     std::byte* area = memory + vring * DriverQueue::kAreaSize;
     visit(area + kDescriptorBytes, DriverQueue::kAvailAt - kDescriptorBytes);
-    visit(area + DriverQueue::kAvailAt + kAvailBytes, DriverQueue::kUsedAt - DriverQueue::kAvailAt - kAvailBytes);
-    visit(area + DriverQueue::kUsedAt + kUsedBytes, DriverQueue::kAreaSize - DriverQueue::kUsedAt - kUsedBytes);
+    visit(area + DriverQueue::kAvailAt + avail_bytes, DriverQueue::kUsedAt - DriverQueue::kAvailAt - avail_bytes);
+    visit(area + DriverQueue::kUsedAt + used_bytes, DriverQueue::kAreaSize - DriverQueue::kUsedAt - used_bytes);
     for (std::uint32_t slot = 0; slot < kSlots; ++slot)
       visit(space_.at(slot_address(vring, slot)) + kSlotBytes / 2, kSlotBytes / 2);
   }
@@ -231,7 +237,7 @@ std::uint64_t LoadGuest::damaged_bytes() {
   for_each_canary([&](const std::byte* at, std::size_t size) {
     for (std::size_t i = 0; i < size; ++i) damaged += at[i] != std::byte{0xa5};
   });
-  for (std::uint32_t vring = 0; vring < shadows_.size(); ++vring) {
+  for (std::uint32_t vring = 0; !packed() && vring < shadows_.size(); ++vring) {
     const DriverQueue& ring = front_end_.queue(vring);
     const auto compare = [&](const void* found, const void* left, std::size_t size) {
       for (std::size_t i = 0; i < size; ++i)

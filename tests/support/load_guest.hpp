@@ -25,8 +25,8 @@ class LoadGuest {
   static constexpr std::uint32_t kRingSize = 512;
   static constexpr std::uint32_t kSlots = 256;
 
-  /// Connects to a NIC's socket, starts the device and posts receive buffers.
-  LoadGuest(const std::string& socket, std::uint32_t queue_pairs);
+  /// Connects to a NIC's socket, starts the device, with packed rings or split ones, and posts receive buffers.
+  LoadGuest(const std::string& socket, std::uint32_t queue_pairs, bool packed = false);
 
   /// Queues a frame that `write` puts into the room it is given; false: no room. Visible after publish().
   bool send(std::uint32_t pair, const std::function<std::size_t(std::span<std::byte>)>& write);
@@ -40,11 +40,13 @@ class LoadGuest {
   void return_pages(bool on) { return_pages_.store(on, std::memory_order_relaxed); }
 
   [[nodiscard]] std::uint32_t queue_pairs() const { return static_cast<std::uint32_t>(pairs_.size()); }
+  [[nodiscard]] bool packed() const { return front_end_.packed(); }
   /// Used entries that named no chain of ours, impossible lengths, chains returned empty.
   [[nodiscard]] std::uint64_t ring_errors() const { return ring_errors_.load(std::memory_order_relaxed); }
   [[nodiscard]] ScriptedFrontEnd& front_end() { return front_end_; }
   /// Bytes that nobody but the driver may write and that are not as it left them: descriptors, avail rings, the room
-  /// between and behind buffers, and packets it had sent. Not beside send() and receive().
+  /// between and behind buffers, and packets it had sent. Of packed rings, where the device gives a chain back by
+  /// overwriting a descriptor, not the descriptors. Not beside send() and receive().
   std::uint64_t damaged_bytes();
   /// How the rings stand, in words.
   [[nodiscard]] std::string describe();
@@ -53,7 +55,7 @@ class LoadGuest {
 
  private:
   struct Pair {
-    Pair(const GuestSpace& space, std::uint32_t index);
+    Pair(const GuestSpace& space, std::uint32_t index, bool packed);
     GuestQueue receive, transmit;
     std::uint32_t index;
     std::uint32_t receive_bytes;                               // of each receive buffer
@@ -62,7 +64,7 @@ class LoadGuest {
     std::vector<std::uint32_t> sent_crc;  // by send slot: of what the device is to read
     std::vector<std::uint32_t> sent_length;
   };
-  // The driver's private copy of what it wrote into one ring.
+  // The driver's private copy of what it wrote into one split ring.
   struct Shadow {
     std::vector<vring_desc> descriptors;
     std::vector<std::uint16_t> avail;

@@ -276,7 +276,8 @@ void ScriptedFrontEnd::start() {
       send_mem_table(true);
       REQUIRE(reply_u64(R::kSetMemTable) == 0);
     }
-    for (std::uint32_t vring = 2 * pair; vring < 2 * pair + 2; ++vring) send_vring(vring, queues_[vring].avail_index);
+    for (std::uint32_t vring = 2 * pair; vring < 2 * pair + 2; ++vring)
+      send_vring(vring, packed() ? kPackedStartBase : queues_[vring].avail_index);
   }
   send_body(R::kSetStatus, std::uint64_t{15});
   settle();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // ScriptedFrontEnd: what QEMU and a guest's driver are to a NIC's socket, under a test's control.
 //
-// Speaks the start sequence of QEMU 7.2 (docs/vhost-user.md) and drives split virtqueues in its own memory. The memory
-// and the rings are open to the test, which may do with them what a hostile guest would. Single-threaded; failures are
-// Catch2's.
+// Speaks the start sequence of QEMU 7.2 (docs/vhost-user.md) and drives split virtqueues in its own memory; packed ones
+// are driven by whoever asked for them (LoadGuest). The memory and the rings are open to the test, which may do with
+// them what a hostile guest would. Single-threaded; failures are Catch2's.
 #pragma once
 
 // The header's legacy part is C only; its structures are what we want.
@@ -136,6 +136,7 @@ class ScriptedFrontEnd {
   [[nodiscard]] int memory_fd() const { return memory_.get(); }
   [[nodiscard]] std::uint64_t rings_size() const { return rings_size_; }
   [[nodiscard]] const FrontEndOptions& options() const { return options_; }
+  [[nodiscard]] bool packed() const { return (options_.features & virtio_feature::kRingPacked) != 0; }
 
  private:
   void make_memory();
