@@ -46,6 +46,8 @@ std::string differs(const Cause& cause, const std::vector<nlohmann::json>& incid
     if (std::string text = differs(cause, incident); !text.empty()) return text;
     const nlohmann::json verdict = incident.value("hang", nlohmann::json());
     if (verdict.is_null()) continue;
+    // A drill hangs the thread of shard 0; what a starved one of another shard was taken for says nothing about it.
+    if (cause.means == Means::kDrill && !hang.empty() && incident.value("shard", 0) != 0) continue;
     if (hang != "any" && hang != "some" && verdict != hang) return "hang verdict " + verdict.dump();
     found = true;
   }

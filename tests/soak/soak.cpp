@@ -75,6 +75,7 @@ void Soak::begin() {
   load.flows_in = 2 * options_.queue_pairs;
   load.between_guests = options_.between_guests;
   load.rate = options_.rate;
+  load.patience = 20s;  // a failsafe: on a busy machine everybody may stand still for seconds
   load_ = std::make_unique<Load>(guests, macs_, load);
   load_->start();
 }
@@ -178,10 +179,14 @@ Kill Soak::kill_once(const Cause& cause) {
   }
   // On a busy machine a starved owner may be taken for hung just before it is struck, or just as it is: then that was
   // its end. Counted apart.
-  const bool verdict = std::any_of(kill.incidents.begin(), kill.incidents.end(), [](const json& incident) {
-    return incident.contains("hang") && incident["hang"].is_string();
-  });
-  const bool too_late = verdict && (cause.hang == nullptr || !kill.unexpected.empty());
+  const auto verdict = [&](bool in_drilled_shard) {
+    return std::any_of(kill.incidents.begin(), kill.incidents.end(), [&](const json& incident) {
+      return incident.contains("hang") && incident["hang"].is_string() && (incident["shard"] == 0) == in_drilled_shard;
+    });
+  };
+  const bool first = cause.hang == nullptr || !kill.unexpected.empty();
+  const bool too_late =
+      (first && verdict(true)) || (verdict(false) && (first || !differs(cause, kill.incidents).empty()));
   if (too_late) {
     ++unasked_;
     kill.cause = kTooLate;
