@@ -238,6 +238,15 @@ void ShardStepper::sleep() {
 }
 std::vector<QueuePair>& ShardStepper::pairs() { return ShardSteps::pairs(*shard_); }
 
+void hold_all(ShardStepper& shard, const EngineWorld& world, std::uint64_t generation) {
+  std::vector<std::shared_ptr<const Device>> devices;
+  for (std::uint32_t n = 0; n < world.shape().devices; ++n) {
+    if (n != 0) shard.post(AttachCommand{world.make_ports(n)});
+    devices.push_back(world.make_device(world.describe(generation, n)));
+  }
+  shard.hold(world.make_ports(), std::move(devices));
+}
+
 std::uint32_t peer_goes_on(EngineWorld& world, Ledger& ledger) {
   GuestNic& peer = world.nics.back();
   std::vector<std::byte> packet;

@@ -150,6 +150,9 @@ class ShardStepper {
   std::uint32_t tag_;
 };
 
+/// Everything of a world, in `generation`, as a new standby holds it.
+void hold_all(ShardStepper& shard, const EngineWorld& world, std::uint64_t generation = 1);
+
 /// The guest of the last device takes what arrived, and posts again. Returns whether anything moved.
 std::uint32_t peer_goes_on(EngineWorld& world, Ledger& ledger);
 

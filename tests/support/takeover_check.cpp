@@ -2,6 +2,10 @@
 // Draining a world after a takeover, and judging it.
 #include "tests/support/takeover_check.hpp"
 
+#include <algorithm>
+
+#include "common/crc32c.hpp"
+
 namespace tandem::test {
 
 Verdict& Verdict::operator+=(const Verdict& other) {
@@ -19,6 +23,22 @@ Verdict& Verdict::operator+=(const Verdict& other) {
 bool Verdict::clean() const {
   return tally.clean() && leaked_frames == 0 && descriptor_errors == 0 && record_left == 0 && not_notified == 0 &&
          miscounted == 0 && trespasses == 0 && stopped == 0;
+}
+
+void sign(RedoRecord& record) {
+  const auto extend = [](std::uint32_t crc, const auto* entries, std::uint32_t count, std::uint32_t most) {
+    return crc32c_extend(crc, entries, std::min(count, most) * sizeof *entries);
+  };
+  const RedoDestination& to = record.destination;
+  std::uint32_t crc = crc32c_extend(~0u, reinterpret_cast<const std::byte*>(&record.version),
+                                    offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
+  crc = extend(crc, record.frames, record.frame_count, kBurstPackets);
+  crc = extend(crc, record.used, record.used_count, kBurstUsed);
+  if (record.kind == RedoKind::kForward) {
+    crc = crc32c_extend(crc, reinterpret_cast<const std::byte*>(&to), offsetof(RedoDestination, used));
+    crc = extend(crc, to.used, to.used_count, kBurstUsed);
+  }
+  record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
 }
 
 bool let_go(const EngineWorld& world) {

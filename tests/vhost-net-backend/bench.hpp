@@ -10,7 +10,7 @@ namespace tandem::test {
 
 struct Bench {
   explicit Bench(const WorldShape& shape) : world(shape), owner(world.segment(), fence.view(), 1) {
-    owner.hold(world.make_ports(), {world.make_device(world.describe(1))});
+    hold_all(owner, world);
     if (!owner.take_over() || owner.pairs().size() != shape.queue_pairs) std::abort();
   }
 
@@ -26,6 +26,12 @@ struct Bench {
 
 /// Feature bits of the two ring layouts, for tests that hold for both.
 inline constexpr std::array<std::uint64_t, 2> kLayouts = {0, feature::kPacked};
+
+/// Two guests of one bridge: packets of the first one's transmit queue go to the second one's receive queue.
+inline WorldShape neighbours(WorldShape shape) {
+  shape.devices = shape.queue_pairs = 2;
+  return shape;
+}
 
 /// Small frames and slots: enough for PacketFlow's default lengths.
 inline WorldShape small_world(std::uint64_t features = feature::kVersion1 | feature::kIndirect) {

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <functional>
 
-#include "common/crc32c.hpp"
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
 #include "tests/vhost-net-backend/probe.hpp"
@@ -53,14 +52,6 @@ struct Trial {
   std::shared_ptr<const UplinkPorts> ports;
   std::shared_ptr<const Device> device;
 };
-
-void sign(RedoRecord& record) {
-  const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-  std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
-  crc = crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstPackets) * sizeof(RedoFrame));
-  crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
-  record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
-}
 
 // Shared bytes besides owner word and record that an heir changed.
 std::size_t changed(const EngineWorld& world, const std::vector<std::byte>& before) {

@@ -380,35 +380,47 @@ void run_transmit(const Row& row, std::uint64_t features, Fate fate) {
   CHECK(bench.world.record().arm.load() == 0);
 }
 
-void run_receive(const Row& row, std::uint64_t features, Fate fate) {
-  INFO("receive: " << row.name);
-  Bench bench(hostile_world(features));
+// Packets from the uplink, or `direct` from another guest, whom it may cost nothing.
+void run_receive(const Row& row, std::uint64_t features, Fate fate, bool direct = false) {
+  INFO((direct ? "forward: " : "receive: ") << row.name);
+  Bench bench(direct ? neighbours(hostile_world(features)) : hostile_world(features));
   fill_spare(bench);
-  GuestQueue& queue = bench.nic().receive;
-  const std::uint64_t memory = bench.nic().transmit_slot(60);
+  const std::uint32_t receiver = direct ? 1 : 0;
+  GuestNic& nic = bench.nic(receiver);
+  const VringCursors& cursors = bench.state(receiver).receive;
+  GuestQueue& queue = nic.receive;
+  const std::uint64_t memory = nic.transmit_slot(60);
   std::memset(bench.world.space.at(memory), 0x5a, 2048);
-  bench.nic().post(1);
+  nic.post(1);
   queue.offer(row.make({bench.world, queue, true, memory, bench.world.spare_address(0) + 1024}));
-  bench.nic().post(1);
-  REQUIRE(send_from_uplink(bench.world, kFlow, 0, 3) == 3);
+  nic.post(1);
+  REQUIRE((direct ? send_from_guest : send_from_uplink)(bench.world, kFlow, 0, 3, 0) == 3);
   const std::vector<std::byte> before = copy_of_guest(bench);
   while (bench.owner.poll_once()) {
   }
   std::vector<std::byte> packet;
   std::vector<std::uint32_t> numbers;
-  for (std::uint32_t number = 0; bench.nic().take(packet);)
+  for (std::uint32_t number = 0; nic.take(packet);)
     if (kFlow.intact(packet, number)) numbers.push_back(number);
   CHECK(numbers == std::vector<std::uint32_t>{0, 2});
-  CHECK(bench.state().receive.packets == (fate == Fate::kDelivered ? 3 : 2));
-  CHECK(bench.state().receive.dropped == (fate == Fate::kDelivered ? 0 : 1));
-  CHECK(bench.state().receive.fault.load() == QueueFault::kNone);
+  CHECK(cursors.packets == (fate == Fate::kDelivered ? 3 : 2));
+  CHECK(cursors.dropped == (fate == Fate::kDelivered ? 0 : 1));
+  CHECK(cursors.overflow == 0);
+  CHECK(cursors.fault.load() == QueueFault::kNone);
+  if (direct) {
+    CHECK(bench.nic().reap() == 3);
+    CHECK(bench.state().transmit.packets == 3);
+    CHECK(bench.state().transmit.dropped == 0);
+    CHECK(bench.kernel().transmit_waiting() == 0);
+  }
   CHECK(queue.used_index() == 3);
   CHECK(queue.wrong_returns() == 1);
   CHECK(queue.outstanding() == 0);
   const std::uint64_t boundary = bench.world.spare_address(0);
   CHECK(strays(bench, before,
                {used_ring(queue),
-                {bench.nic().receive_slot(0), 1024},
+                used_ring(direct ? bench.nic().transmit : queue),
+                {nic.receive_slot(0), 1024},
                 {memory, 1024},
                 {boundary - 20, 72},
                 {boundary + 4096 - 20, 20},
@@ -430,6 +442,10 @@ TEST_CASE("malformed chains on a transmit queue") {
 
 TEST_CASE("malformed chains on a receive queue") {
   for (const Row& row : kRows) run_receive(row, feature::kVersion1 | feature::kIndirect, row.receive);
+}
+
+TEST_CASE("malformed chains on a receive queue that another guest sends to") {
+  for (const Row& row : kRows) run_receive(row, feature::kVersion1 | feature::kIndirect, row.receive, true);
 }
 
 TEST_CASE("indirect descriptors that were not negotiated are refused") {

@@ -193,10 +193,12 @@ std::vector<std::uint32_t> lengths_of(GuestQueue& queue, std::uint32_t id) {
 }
 
 // One good packet, the row's chain, one more good packet.
-void run(const Row& row, bool receive, std::uint64_t features, Fate fate) {
-  INFO((receive ? "receive: " : "transmit: ") << row.name);
-  Bench bench(hostile_world(features));
-  GuestNic& nic = bench.nic();
+// What a receive queue gets comes from the uplink, or `direct` from another guest, whom it may cost nothing.
+void run(const Row& row, bool receive, std::uint64_t features, Fate fate, bool direct = false) {
+  INFO((direct ? "forward: " : receive ? "receive: " : "transmit: ") << row.name);
+  Bench bench(direct ? neighbours(hostile_world(features)) : hostile_world(features));
+  const std::uint32_t hostile_pair = direct ? 1 : 0;
+  GuestNic& nic = bench.nic(hostile_pair);
   GuestQueue& queue = receive ? nic.receive : nic.transmit;
   Hostile hostile{bench.world, queue, receive, (receive ? nic.transmit_slot(45) : nic.receive_slot(45)),
                   bench.world.spare_address(0) + 1024};
@@ -210,10 +212,18 @@ void run(const Row& row, bool receive, std::uint64_t features, Fate fate) {
   const bool room = queue.free_descriptors() != 0;
   if (room) REQUIRE(good(1));
   queue.publish();
-  if (receive) REQUIRE(send_from_uplink(bench.world, kFlow, 0, room ? 3 : 2) == (room ? 3 : 2));
+  const std::uint32_t sent = room ? 3 : 2;
+  if (receive) REQUIRE((direct ? send_from_guest : send_from_uplink)(bench.world, kFlow, 0, sent, 0) == sent);
   while (bench.owner.poll_once()) {
   }
-  const VringCursors& cursors = receive ? bench.state().receive : bench.state().transmit;
+  const QueuePairState& state = bench.state(hostile_pair);
+  const VringCursors& cursors = receive ? state.receive : state.transmit;
+  if (direct) {
+    CHECK(bench.nic().reap() == sent);
+    CHECK(bench.state().transmit.packets == sent);
+    CHECK(bench.state().transmit.dropped == 0);
+    CHECK(cursors.overflow == 0);
+  }
   const std::uint64_t good_packets = room ? 2 : 1;
   CHECK(cursors.packets == good_packets + (fate == Fate::kDelivered ? 1 : 0));
   CHECK(cursors.dropped == (fate == Fate::kDelivered ? 0 : 1));
@@ -233,6 +243,7 @@ void run(const Row& row, bool receive, std::uint64_t features, Fate fate) {
   }
   for (int round = 0; round < 5; ++round) {
     nic.post();
+    if (direct) bench.nic().post();
     send_from_guest(bench.world, kFlow, static_cast<std::uint32_t>(10 * round), 10);
     send_from_uplink(bench.world, kFlow, static_cast<std::uint32_t>(10 * round), 10);
     drain(bench.world, bench.owner, out, in);
@@ -249,6 +260,10 @@ TEST_CASE("packed: malformed chains on a transmit queue") {
 
 TEST_CASE("packed: malformed chains on a receive queue") {
   for (const Row& row : kRows) run(row, true, kFeatures, row.receive);
+}
+
+TEST_CASE("packed: malformed chains on a receive queue that another guest sends to") {
+  for (const Row& row : kRows) run(row, true, kFeatures, row.receive, true);
 }
 
 TEST_CASE("packed: indirect descriptors that were not negotiated are refused") {

@@ -17,6 +17,9 @@ void die_at(ProbePoint point, int visit);
 /// aborts.
 bool killed(const std::function<void()>& act);
 
+/// The same with an act that may end in other ways: its status, or 128 and the signal that ended it.
+int status_of(const std::function<int()>& act);
+
 /// For a child in killed(): stops itself until its parent says resume(); and the parent's two halves.
 void wait_for_parent();
 pid_t start(const std::function<void()>& act);  ///< forks a child; returns when it has stopped in wait_for_parent(); 0:

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A segment that a dead owner damaged: record, cursors, busy bits, owner word and socket rings hold anything, also with
 // a CRC that is right. The heir takes over and serves. Nothing may happen to it, nor to guest memory that nobody
-// offered. Input: features, flow before the death, then patches; see damage().
-#include "common/crc32c.hpp"
+// offered. Input: what record the owner left, of a guest alone or of one with a neighbour that it sends to (fill()),
+// then patches (damage()).
 #include "tests/fuzz/targets/input.hpp"
-#include "tests/support/engine_world.hpp"
+#include "tests/support/takeover_check.hpp"
 
 using namespace tandem;
 using namespace tandem::fuzz;
@@ -12,16 +12,20 @@ using namespace tandem::test;
 
 namespace {
 
-constexpr std::uint32_t kOwner = 1, kHeir = 2, kLast = 3;
+constexpr std::uint32_t kOwner = 1, kHeir = 2, kLast = 3, kPosted = 8;
 
 class Site {
  public:
-  Site() : fresh_(shape()), world_(shape()), ports_(world_.make_ports()) {
-    devices_.push_back(world_.make_device(world_.describe(1)));
+  explicit Site(std::uint32_t devices) : fresh_(shape(devices)), world_(shape(devices)) {
+    for (std::uint32_t n = 0; n < devices; ++n) {
+      ports_.push_back(world_.make_ports(n));
+      devices_.push_back(world_.make_device(world_.describe(1, n)));
+    }
     for (const std::uint32_t tag : {kOwner, kHeir}) fence_.kill(tag);
-    ShardStepper owner = make(fresh_, kOwner, fresh_.make_ports(), {fresh_.make_device(fresh_.describe(1))});
+    ShardStepper owner(fresh_.segment(), fence_.view(), kOwner);
+    hold_all(owner, fresh_);
     must_hold(owner.take_over(), "a shard without an owner can be taken over");
-    fresh_.nics[0].post(8);
+    for (GuestNic& nic : fresh_.nics) nic.post(kPosted);
     const PacketFlow flow{60, 100};
     send_from_guest(fresh_, flow, 0, 5);
     send_from_uplink(fresh_, flow, 0, 3);
@@ -30,32 +34,33 @@ class Site {
     // More than the heir will find time for, and half of it told to the kernel.
     send_from_guest(fresh_, flow, 5, 4);
     send_from_uplink(fresh_, flow, 3, 4);
-    for (int i = 0; i < 3; ++i) fresh_.kernels[0].send();
+    for (int i = 0; i < 3; ++i) fresh_.kernels[0].send();  // a neighbour's packets never come here
     fresh_.kernels[0].complete(2);
   }
 
-  void run(Input& input) {
+  void run(std::uint8_t how, Input& input) {
     world_.copy_from(fresh_);
-    fill(input.u8());
+    fill(how);
     while (!input.empty()) damage(input);
     const auto guest = world_.guest_bytes();
     const std::vector<std::byte> before(guest.begin(), guest.end());
-    ShardStepper heir = make(world_, kHeir, ports_, devices_);
+    ShardStepper heir = make(kHeir);
     if (!heir.take_over()) return;  // the owner word names somebody who lives
     must_hold(world_.record().arm.load() == 0, "the record is empty after a takeover");
     for (int round = 0; round < 4; ++round) heir.poll_once();
     heir.sleep();
     must_hold(world_.record().arm.load() == 0, "the record is empty between bursts");
     judge(before);
-    ShardStepper last = make(world_, kLast, ports_, devices_);
+    ShardStepper last = make(kLast);
     must_hold(last.take_over(), "the next heir can take over");
     last.poll_once();
     judge(before);
   }
 
  private:
-  static WorldShape shape() {
+  static WorldShape shape(std::uint32_t devices) {
     WorldShape shape;
+    shape.devices = shape.queue_pairs = devices;
     shape.nic.features = feature::kVersion1 | feature::kMergeable | feature::kEventIndex;
     shape.nic.queue_size = 16;
     shape.nic.slot_size = 128;
@@ -66,14 +71,35 @@ class Site {
     shape.xsk.tx_entries = 16;
     return shape;
   }
-  ShardStepper make(EngineWorld& world, std::uint32_t tag, std::shared_ptr<const UplinkPorts> ports,
-                    std::vector<std::shared_ptr<const Device>> devices) {
-    ShardStepper shard(world.segment(), fence_.view(), tag);
-    shard.hold(std::move(ports), std::move(devices));
+  ShardStepper make(std::uint32_t tag) {
+    ShardStepper shard(world_.segment(), fence_.view(), tag);
+    for (std::size_t n = 1; n < ports_.size(); ++n) shard.post(AttachCommand{ports_[n]});
+    shard.hold(ports_.front(), devices_);
     return shard;
   }
 
-  // A record that fits the state it is found in, as if the owner had died right after it was armed.
+  // A forward to the last device, likewise.
+  void fill_forward(std::uint16_t count) {
+    RedoRecord& record = world_.record();
+    RedoDestination& to = record.destination;
+    const VringCursors& vring = receiver().receive;
+    record.kind = RedoKind::kForward;
+    record.frame_count = 0;
+    record.producer_before = record.producer_after = 0;
+    to.generation = 1;
+    to.queue_pair = 1;
+    to.used_count = count;
+    to.avail_before = vring.next_avail;
+    to.avail_after = static_cast<std::uint16_t>(vring.next_avail + count);
+    to.used_before = vring.next_used;
+    to.used_after = static_cast<std::uint16_t>(vring.next_used + count);
+    for (std::uint16_t i = 0; i < count; ++i) to.used[i] = {i, 1, 76};
+    sign(record);
+  }
+  QueuePairState& receiver() { return world_.state(world_.shape().devices - 1); }
+
+  // A record that fits the state it is found in, as if the owner had died right after it was armed. Bit 0: transmit,
+  // or with a neighbour a forward; bits 1 and 2: packets.
   void fill(std::uint8_t how) {
     RedoRecord& record = world_.record();
     const bool transmit = (how & 1u) != 0;
@@ -91,7 +117,7 @@ class Site {
     record.epoch = 1;
     record.poisoned = 0;
     record.generation = 1;
-    const XskPort& port = *ports_->ports[0];
+    const XskPort& port = *ports_.front()->ports[0];
     record.consumer_before = port.rx.consumer();
     record.consumer_after = record.consumer_before + count;
     record.producer_before = transmit ? port.tx.producer() : port.fill.producer();
@@ -100,23 +126,14 @@ class Site {
       record.frames[i] = {transmit ? port.transmit_address(20u + i) : std::uint64_t{i} * 512, 64, 0};
       record.used[i] = {i, 1, 76};
     }
-    seal();
-  }
-
-  void seal() {
-    RedoRecord& record = world_.record();
-    const auto* from = reinterpret_cast<const std::byte*>(&record.version);
-    std::uint32_t crc = crc32c_extend(~0u, from, offsetof(RedoRecord, frames) - offsetof(RedoRecord, version));
-    crc =
-        crc32c_extend(crc, record.frames, std::min<std::size_t>(record.frame_count, kBurstPackets) * sizeof(RedoFrame));
-    crc = crc32c_extend(crc, record.used, std::min<std::size_t>(record.used_count, kBurstUsed) * sizeof(RedoUsed));
-    record.arm.store(std::uint64_t{record.epoch} << 32 | crc);
+    if (transmit && ports_.size() > 1) return fill_forward(count);
+    sign(record);
   }
 
   // Where (record, cursors, owner word, socket rings, busy bits), offset, length, bytes; or: make the CRC right again.
   void damage(Input& input) {
     const std::uint8_t where = input.u8();
-    if (where % 8 == 7) return seal();
+    if (where % 8 == 7) return sign(world_.record());
     std::span<std::byte> area;
     switch (where % 8) {
       case 0:  // the head of the record has most of the fields
@@ -126,7 +143,7 @@ class Site {
         area = {reinterpret_cast<std::byte*>(&world_.record()), sizeof(RedoRecord)};
         break;
       case 2:
-        area = {reinterpret_cast<std::byte*>(&world_.state().receive), sizeof(VringCursors)};
+        area = {reinterpret_cast<std::byte*>(&receiver().receive), sizeof(VringCursors)};
         break;
       case 3:
         area = {reinterpret_cast<std::byte*>(&world_.state().transmit), sizeof(VringCursors)};
@@ -150,13 +167,15 @@ class Site {
   // Whatever the record said: only used rings and the buffers the guest had posted may have changed.
   void judge(const std::vector<std::byte>& before) {
     const auto now = world_.guest_bytes();
-    const GuestNic& nic = world_.nics[0];
     for (std::size_t i = 0; i < now.size(); ++i) {
       if (now[i] == before[i]) continue;
-      bool allowed = i + kGuestBase >= nic.receive_slot(0) && i + kGuestBase < nic.receive_slot(8);
-      for (const GuestQueue* queue : {&nic.receive, &nic.transmit}) {
-        const std::uint64_t used = queue->place().used - kGuestBase;
-        allowed = allowed || (i >= used && i < used + 4 + 8 * queue->size() + 2);
+      bool allowed = false;
+      for (const GuestNic& nic : world_.nics) {
+        allowed = allowed || (i + kGuestBase >= nic.receive_slot(0) && i + kGuestBase < nic.receive_slot(kPosted));
+        for (const GuestQueue* queue : {&nic.receive, &nic.transmit}) {
+          const std::uint64_t used = queue->place().used - kGuestBase;
+          allowed = allowed || (i >= used && i < used + 4 + 8 * queue->size() + 2);
+        }
       }
       must_hold(allowed, "a damaged segment changes nothing but used rings and posted buffers");
     }
@@ -164,16 +183,17 @@ class Site {
 
   FakeFence fence_;
   EngineWorld fresh_, world_;
-  std::shared_ptr<const UplinkPorts> ports_;
+  std::vector<std::shared_ptr<const UplinkPorts>> ports_;
   std::vector<std::shared_ptr<const Device>> devices_;
 };
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  static Site site;
+  static Site alone(1), neighbours(2);
   const DescriptorCheck all_closed;
   Input input(data, size);
-  site.run(input);
+  const std::uint8_t how = input.u8();
+  ((how & 8u) != 0 ? neighbours : alone).run(how, input);
   return 0;
 }

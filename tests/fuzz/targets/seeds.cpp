@@ -177,7 +177,7 @@ TEST_CASE("engine_packed") {
 }
 
 TEST_CASE("redo_record") {
-  for (unsigned how = 0; how < 8; ++how) {
+  for (unsigned how = 0; how < 16; ++how) {  // from 8 on with a neighbour
     Seed seed;
     seed.u8(how);
     seed.write("redo_record", "good-" + std::to_string(how));
@@ -185,6 +185,13 @@ TEST_CASE("redo_record") {
     // A field of the record, a cursor, a ring index; the CRC made right in between.
     seed.u8(0).u16(24 + how).u8(0).u8(how).u8(7).u8(3).u16(0).u8(1).u16(how).u8(6).u16(64).u8(0).u8(9);
     seed.write("redo_record", "damaged-" + std::to_string(how));
+    if (how < 8) continue;
+    // Fields of the forward's destination, each with a right CRC.
+    for (unsigned at = 0; at < offsetof(RedoDestination, used) + 8; at += 2) {
+      Seed lie;
+      lie.u8(how).u8(1).u16(offsetof(RedoRecord, destination) + at).u8(1).u8(5).u8(0).u8(7);
+      if (at % 8 == 0) lie.write("redo_record", "destination-" + std::to_string(how) + "-" + std::to_string(at));
+    }
   }
 }
 
