@@ -160,6 +160,8 @@ void Shard::put_in_force(std::uint32_t device) {
   const std::shared_ptr<const Device> newest = served.held.back();
   const std::uint64_t generation = newest->description().generation;
   if (served.in_force != newest) {
+    // Rings that go on although the takeover did not find their description: it has not looked at them.
+    std::vector<std::pair<const BoundQueue*, VringCursors*>> unseen;
     const auto count = std::min<std::size_t>(newest->description().queue_pairs, served.uplink->ports.size());
     for (std::uint32_t n = 0; n < count; ++n) {
       const std::uint32_t index = served.uplink->first_queue_pair + n;
@@ -168,7 +170,11 @@ void Shard::put_in_force(std::uint32_t device) {
       for (const std::uint32_t vring : {2 * n, 2 * n + 1}) {
         const BoundQueue& bound = newest->vring(vring);
         VringCursors& cursors = vring % 2 == 0 ? pair.receive : pair.transmit;
-        if (!bound.queue.bound() || cursors.start_count == bound.start_count) continue;
+        if (!bound.queue.bound()) continue;
+        if (cursors.start_count == bound.start_count) {
+          if (!served.in_force) unseen.emplace_back(&bound, &cursors);
+          continue;
+        }
         // A new start: nobody uses these cursors, for the ring was not running in the generation before. start_count
         // goes last, so that an heir who finds us dead in between does it over.
         cursors.next_avail = static_cast<std::uint16_t>(newest->description().vrings[vring].base);
@@ -181,6 +187,10 @@ void Shard::put_in_force(std::uint32_t device) {
     served.in_force = newest;
     rebuild_pairs();
     mend(/*record_pending=*/false);  // of a ring that goes on, and that no takeover bound
+    // Its last burst may be that of a record which could not be replayed without it.
+    for (const auto& [bound, cursors] : unseen)
+      if (bound->queue.is_half_published(cursors->next_used))
+        cursors->fault.store(QueueFault::kRecordInvalid, std::memory_order_release);
     note_in_force(served, generation);
     // A call fd may be new, and the front end may have looked at the old one for the last time: an interrupt too many
     // is harmless.
