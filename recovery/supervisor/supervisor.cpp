@@ -209,7 +209,9 @@ void Supervisor::on_takeover(Pair& pair, std::uint32_t shard, const TakeoverTime
   incident.timeline = timeline;
   incident.victim_pid = victim;
   incident.heir_pid = heir;
-  if (const auto exit = exits_.find(victim); exit != exits_.end() && !incident.planned()) {
+  const auto exit =
+      std::find_if(exits_.begin(), exits_.end(), [victim](const auto& one) { return one.first == victim; });
+  if (exit != exits_.end() && !incident.planned()) {
     incident.reaped = exit->second.known;
     incident.exit_signal = exit->second.signal;
     incident.exit_status = exit->second.status;
@@ -233,9 +235,9 @@ void Supervisor::on_first_transaction(Pair& pair, std::uint32_t shard, const Tak
 void Supervisor::on_member_exit(Pair& pair, pid_t pid, ExitStatus status) {
   TANDEM_SUPERVISOR_PROBE(kMemberGone);
   static_cast<void>(vault_->del("member/" + pair.name() + "/" + std::to_string(pid)));
-  exits_[pid] = status;
+  exits_.emplace_front(pid, status);
   count_kills(pair);
-  if (exits_.size() > 16) exits_.erase(exits_.begin());
+  if (exits_.size() > 16) exits_.pop_back();
   for (Incident& incident : incidents_->recent()) {
     if (incident.victim_pid != pid || incident.reaped || incident.planned()) continue;
     incident.reaped = status.known;

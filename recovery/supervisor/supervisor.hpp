@@ -2,6 +2,7 @@
 // Supervisor: what tandemd is. Pairs, NICs, the vault's messages, operators' requests, incidents, on one event loop.
 #pragma once
 
+#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -166,7 +167,7 @@ class Supervisor final : public VaultHandler, public Pair::Listener {
   std::list<Provisioning> provisioning_;
   std::list<Awaited> awaited_;
   std::map<std::uint64_t, EventLoop::Timer> incident_limits_;  // by incident
-  std::map<pid_t, ExitStatus> exits_;                          // of members whose takeover report may still come
+  std::deque<std::pair<pid_t, ExitStatus>> exits_;  // of members whose takeover report may still come; newest first
   std::map<std::string, EventLoop::Timer> soon_;
   std::map<std::string, std::vector<std::function<void()>>> when_stopped_;  // by pair
   std::unique_ptr<ControlServer> server_;

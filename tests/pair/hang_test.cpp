@@ -167,52 +167,62 @@ TEST_CASE("a stopped active backend is found by its standby, with tandemd and wi
   require_clean_end(host, {"one"});
 }
 
-TEST_CASE("every kind of hang is found while tandemd cannot help") {
+TEST_CASE("every kind of hang is found with tandemd dead") {
   SKIP_UNLESS_PAIR();
-  PairHost host;
+  PairHost host({.supervised = false});  // or its parent would start another, which might be in time to help
   host.start();
-  // Time enough to stop tandemd between its message to the backend and the verdict.
+  // Time enough to kill tandemd between its message to the backend and the verdict.
   require_domain(host, "one", {{.watchdog = R"(spin="300ms" blocked="300ms")"}});
   {
     ScriptedFrontEnd guest = start_guest(host, kMac);
     Traffic traffic(guest, kMac);
-    const std::pair<const char*, const char*> rows[] = {{"spin", "spinning"},
-                                                        {"block", "blocked"},
-                                                        {"livelock", "no progress"},
-                                                        {"stopped", "blocked"},
-                                                        {"asleep", "asleep with work pending"}};
-    for (const auto& [how, hang] : rows) {
-      INFO(how);
-      const bool drill = how != std::string("stopped") && how != std::string("asleep");
-      REQUIRE(traffic.pump_frames(100));
-      const pid_t victim = host.active();
-      const auto supervisor = host.processes("tandemd");
-      REQUIRE(supervisor.size() == 1);
-      if (how == std::string("asleep")) REQUIRE(eventually([&] { return host.pair()["active"]["state"] == "asleep"; }));
-      json answer;
-      std::thread asking;
-      if (drill)
-        asking = std::thread([&, name = std::string(how)] {
-          answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}});
-        });
-      if (drill) REQUIRE(traffic.pump_until([&] { return host.logged("drill " + std::string(how)); }));
-      ::kill(supervisor[0], SIGSTOP);
-      const auto stopped = std::chrono::steady_clock::now().time_since_epoch();
-      if (!drill) ::kill(victim, SIGSTOP);
-      const bool moved = traffic.pump_frames(100);  // the heir moves them: nobody else can
-      ::kill(supervisor[0], SIGCONT);
-      if (asking.joinable()) asking.join();
-      REQUIRE(moved);
-      const json incident = await_failover(host, traffic, victim);
-      CAPTURE(incident.dump(2));
-      CHECK(incident["detected_by"] == "watchdog");
-      // A stopped one may have been asleep or not, whatever it was a moment before; and whom others keep from the CPU
-      // for a second is starved, however it hangs.
-      const bool either = !drill && (incident["hang"] == "blocked" || incident["hang"] == "asleep with work pending");
-      CHECK((incident["hang"] == hang || either || incident["hang"] == "starved"));
-      CHECK(std::chrono::nanoseconds{incident["fence_time_ns"].get<std::int64_t>()} > stopped);
-      report(how, incident);
-      require_paired(host, traffic, victim);
+    struct Row {
+      std::string how, hang, or_else;
+    };
+    // A stopped one may have been asleep or not, whatever it was a moment before.
+    const Row rows[] = {{"spin", "spinning", ""},
+                        {"block", "blocked", ""},
+                        {"livelock", "no progress", ""},
+                        {"stopped", "blocked", "asleep with work pending"},
+                        {"asleep", "asleep with work pending", ""}};
+    // Whom others keep from the CPU for a second is starved, however it hangs; and a sleeper may be woken just before
+    // it is stopped. Neither says that the watchdog tells hangs apart: once more, then.
+    constexpr int kMostTries = 6;
+    for (const Row& row : rows) {
+      INFO(row.how);
+      std::string found;
+      for (int attempt = 0; attempt < kMostTries && found != row.hang && (found != row.or_else || found.empty());
+           ++attempt) {
+        const bool drill = row.how != "stopped" && row.how != "asleep";
+        REQUIRE(traffic.pump_frames(100));
+        const pid_t victim = host.active();
+        const auto supervisor = host.processes("tandemd");
+        REQUIRE(supervisor.size() == 1);
+        if (row.how == "asleep") REQUIRE(eventually([&] { return host.pair()["active"]["state"] == "asleep"; }));
+        std::thread asking;
+        if (drill) {
+          const std::size_t logged = host.log().size();
+          asking = std::thread([&] { host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", row.how}}); });
+          REQUIRE(traffic.pump_until([&] { return host.log().find("drill " + row.how, logged) != std::string::npos; }));
+        }
+        ::kill(supervisor[0], SIGKILL);
+        const auto dead = std::chrono::steady_clock::now().time_since_epoch();
+        if (!drill) ::kill(victim, SIGSTOP);
+        const bool moved = traffic.pump_frames(100);  // the heir moves them: nobody else can
+        CHECK(host.processes("tandemd").empty());
+        if (asking.joinable()) asking.join();
+        REQUIRE(moved);
+        host.start_tandemd();
+        const json incident = await_failover(host, traffic, victim);
+        CAPTURE(incident.dump(2));
+        CHECK(incident["detected_by"] == "watchdog");
+        CHECK(std::chrono::nanoseconds{incident["fence_time_ns"].get<std::int64_t>()} > dead);
+        found = incident["hang"].is_string() ? incident["hang"].get<std::string>() : "";
+        report(row.how.c_str(), incident);
+        require_paired(host, traffic, victim);
+        if (found != "starved" && row.how != "asleep" && found != row.or_else) CHECK(found == row.hang);
+      }
+      CHECK((found == row.hang || (!found.empty() && found == row.or_else)));
     }
     const TrafficResult result = traffic.finish();
     CAPTURE(result);

@@ -121,3 +121,60 @@ TEST_CASE("the vault is killed in mid-traffic: nobody hangs, nothing is corrupt"
   }
   require_clean_end(host, {"one"});
 }
+
+TEST_CASE("the vault is killed: a front end is back before the owners have let go of its old connection") {
+  SKIP_UNLESS_PAIR();
+  const bool goes_on = GENERATE(true, false);
+  INFO((goes_on ? "owner and heir go on" : "owner and heir are ended as hung"));
+  PairHost host;
+  host.start();
+  // Long enough for everything that is to happen while nobody lets go.
+  require_domain(host, "one", {{.watchdog = R"(spin="3s" blocked="3s")"}});
+  {
+    ScriptedFrontEnd old = start_guest(host, kMac);
+    {
+      Traffic traffic(old, kMac);
+      REQUIRE(traffic.pump_frames(100));
+      REQUIRE(traffic.finish().clean());
+    }
+    const std::string connected = "NIC " + kMac + ": QEMU connected";
+    const std::size_t logged = host.log().size();
+    const pid_t owner = host.active(), heir = host.standby();
+    for (const pid_t pid : {heir, owner}) ::kill(pid, SIGSTOP);
+    const auto stopped = std::chrono::steady_clock::now();
+    ::kill(vault_of(host), SIGKILL);
+    REQUIRE(eventually([&] { return host.logged("attached to a new tandem-vault"); }));
+    ScriptedFrontEnd next(host.nic_socket(kMac));
+    next.send(VhostUserRequest::kGetFeatures);
+    REQUIRE(eventually([&] { return host.log().find(connected, logged) != std::string::npos; }));
+    // QEMU goes by used.idx when its connection ends, so the old one may not end yet; nor may the new one be answered.
+    const bool old_open = !old.readable(0ms), next_waits = !next.readable(0ms);
+    if (std::chrono::steady_clock::now() - stopped < 2s) {
+      CHECK(old_open);
+      CHECK(next_waits);
+    } else {
+      WARN("the machine was too slow for a look at both connections");
+    }
+    if (goes_on)
+      for (const pid_t pid : {heir, owner}) ::kill(pid, SIGCONT);
+    REQUIRE(next.reply_u64(VhostUserRequest::kGetFeatures) != 0);
+    CHECK(old.readable(0ms));  // its end, which came first
+    REQUIRE(old.wait_closed());
+    const std::uint16_t used[] = {old.queue(0).used_index(), old.queue(1).used_index()};
+    const std::vector<std::byte> before(old.memory().begin(), old.memory().end());
+    next.negotiate();
+    next.start();
+    REQUIRE(host.wait_paired());
+    CHECK((host.active() == owner) == goes_on);
+    {
+      Traffic traffic(next, kMac);
+      REQUIRE(traffic.pump_frames(200));
+      CHECK(traffic.finish().clean());
+    }
+    // The old guest's memory is nobody's to write any more.
+    CHECK(old.queue(0).used_index() == used[0]);
+    CHECK(old.queue(1).used_index() == used[1]);
+    CHECK(std::equal(before.begin(), before.end(), old.memory().begin()));
+  }
+  require_clean_end(host, {"one"});
+}
