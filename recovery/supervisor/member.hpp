@@ -67,6 +67,7 @@ class Member {
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
   std::uint64_t spawned_ns = 0;
   std::uint32_t reported_shards = 0;  ///< a bit for each shard of which it has said, as an heir, that it took it over
+  bool dead_at_adoption = false;      ///< its heir's report, which names it, may be on its way to this supervisor
   std::uint64_t heir_since_ns = 0;
   std::uint64_t ended_as_hung_ns = 0;  ///< 0: it was not
   EventLoop::Source on_message, on_exit;

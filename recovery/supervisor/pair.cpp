@@ -158,7 +158,8 @@ void Pair::adopt_member(pid_t pid, UniqueFd pidfd, UniqueFd channel, std::vector
   if (!watch(member)) return end(member, "cannot watch it");
   if (member.tags.size() != config_.shards || member.threads.size() != config_.shards)
     return end(member, "it was still starting when its supervisor died");
-  if (fence_.dead(member.tags[0])) return;
+  member.dead_at_adoption = fence_.dead(member.tags[0]);
+  if (member.dead_at_adoption) return;
   // In the middle of a handover each may own some of the shards: then the heir's report decides.
   const bool owns = shards_owned(member) > 0 && owner() == nullptr;
   member.stage = owns ? Member::Stage::kOwner : Member::Stage::kArmed;
@@ -667,7 +668,8 @@ void Pair::forget_watches(Member& member, bool owned) {
     // An heir's report names the dead owner's tag, and may come after the owner was reaped: on_took_over() retires it.
     // A member that the segment names owned too, though its own report never came. Of several shards each is reported
     // by itself: the heir may count as owner, by the segment, with reports still on their way.
-    if (owned || owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i] ||
+    if (owned || member.dead_at_adoption ||
+        owner_tag(segment_->shards[i].owner.load(std::memory_order_acquire)) == member.tags[i] ||
         (heir != nullptr && (heir->reported_shards >> i & 1u) == 0))
       continue;
     tags_.retire(member.tags[i]);
