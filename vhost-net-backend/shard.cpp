@@ -585,8 +585,8 @@ void Shard::poll_as_owner() {
 namespace {
 
 // A wish that does not stand is one that the guest has overwritten, or that we fail to write: then nothing would ever
-// wake us.
-void ask_for_kicks(const Virtqueue& queue, std::uint16_t next_avail) {
+// wake us. Or there is no memory any more: then each of the two mappings shows zeroes of its own.
+void ask_for_kicks(const GuestMemory& memory, const Virtqueue& queue, std::uint16_t next_avail) {
   queue.enable_kicks(next_avail);
   if (kProtected && !queue.kicks_stand(next_avail)) [[unlikely]]
     confirm_refusal(
@@ -594,7 +594,7 @@ void ask_for_kicks(const Virtqueue& queue, std::uint16_t next_avail) {
           queue.enable_kicks(next_avail);
           return !queue.kicks_stand(next_avail);
         },
-        [] { return true; });
+        [&] { return !memory.faulted(); });
 }
 
 }  // namespace
@@ -605,8 +605,9 @@ void Shard::sleep() {
     const WindowOpen window;
     for (QueuePair& pair : pairs_) {
       must_hold(pair.is_whole());
-      if (pair.can_transmit()) ask_for_kicks(pair.transmit.queue, pair.state->transmit.next_avail);
-      if (pair.can_receive() && pair.receive_starved) ask_for_kicks(pair.receive.queue, pair.starved_avail);
+      if (pair.can_transmit()) ask_for_kicks(*pair.memory, pair.transmit.queue, pair.state->transmit.next_avail);
+      if (pair.can_receive() && pair.receive_starved)
+        ask_for_kicks(*pair.memory, pair.receive.queue, pair.starved_avail);
     }
   }
   int timeout = kick_fd_missing_ ? kShortSleepMs : -1;

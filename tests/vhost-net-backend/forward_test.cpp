@@ -214,6 +214,7 @@ TEST_CASE("forward: a receiver whose memory shrinks is stopped, and costs the se
         send_from_guest(world, kFlow, 10, 10);
         const std::uint64_t keep = rings_too ? 0 : peer.receive_slot(0) - kGuestBase;
         if (::ftruncate(file.get(), static_cast<off_t>((keep + 4095) / 4096 * 4096)) != 0) ::_exit(17);
+        owner.sleep();  // and asks the rings that are gone for kicks
         if (!run_quiet(owner)) ::_exit(18);
         world.nics[0].reap();
         const VringCursors& receive = world.state(1).receive;
