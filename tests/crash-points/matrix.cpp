@@ -107,7 +107,7 @@ std::vector<MatrixRow> matrix() {
     row.quick = situation == Situation::kHandover ? burst == 1 && mergeable
                 : situation == Situation::kPoison ? burst == 2 && style == ChainStyle::kDirect && mergeable == receive
                 : offload != Offload::kNone
-                    ? burst == 1 && (style == ChainStyle::kChained) != forward
+                    ? burst == 1 && style == ChainStyle::kDirect
                     : situation == Situation::kPlain && event_index &&
                           (burst == 32 ? style == ChainStyle::kIndirect && wrap == Wrap::kIndex && mergeable
                                        : style == ChainStyle::kChained && wrap == Wrap::kIndex && burst == 2 &&
