@@ -20,15 +20,18 @@ PLAIN = guest.Shape(name=f"{host.NAME}-3", mac="52:54:00:7a:6d:03", address="10.
                              "<guest csum='off' tso4='off' tso6='off' ecn='off' ufo='off'/>")
 ALL = ["csum", "tso4", "tso6", "ecn"]
 
-# Fetches the file, says how many bytes came and their hash.
+# Fetches the file, at least once and until its input ends; says each time how many bytes came and their hash.
 FETCH = """
-import hashlib, sys, urllib.request
-digest, count = hashlib.sha256(), 0
-with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
-    while piece := answer.read(1 << 20):
-        digest.update(piece)
-        count += len(piece)
-print(count, digest.hexdigest())
+import hashlib, select, sys, urllib.request
+ended = False
+while not ended:
+    digest, count = hashlib.sha256(), 0
+    with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
+        while piece := answer.read(1 << 20):
+            digest.update(piece)
+            count += len(piece)
+    print(count, digest.hexdigest(), flush=True)
+    ended = bool(select.select([sys.stdin], [], [], 0)[0])
 """
 
 
@@ -65,7 +68,7 @@ class Offload(Stage):
         """From the guest to the namespace. Returns the average length of the guest's packets."""
         before, seen = self.nic(shape), self.outside_received()
         fetch = subprocess.Popen(("ip", "netns", "exec", host.NAME, sys.executable, "-c", FETCH, f"http://{shape.address}:{PORT}/all"),
-                                 stdout=subprocess.PIPE, text=True)
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.journal.note("process", pid=fetch.pid, started=host.start_time(fetch.pid))
         for number in range(kills):
             already = self.outside_received()[1]
@@ -74,7 +77,7 @@ class Offload(Stage):
             os.kill(victim, signal.SIGKILL)
             self.tandem.wait_whole(not_pid=victim)
             say(f"{what}: kill {number + 1}")
-        if fetch.communicate(timeout=120)[0].split() != [str(MEGABYTES << 20), digest]:
+        if set(fetch.communicate(timeout=120)[0].splitlines()) != {f"{MEGABYTES << 20} {digest}"}:
             raise host.DemoError(f"{what}: what arrived is not what was sent")
         after, now = self.nic(shape), self.outside_received()
         if after["tx"]["dropped"] != before["tx"]["dropped"]:
