@@ -6,18 +6,15 @@
 // the same run.
 #include "vhost-net-backend/queue_pair.hpp"
 
-#include <rte_memcpy.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cstdlib>
-#include <cstring>
 #include <optional>
 
 #include "common/layout/redo_checksum.hpp"
-#include "vhost-net-backend/descriptor_chain.hpp"
+#include "vhost-net-backend/gather.hpp"
+#include "vhost-net-backend/place.hpp"
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/protection.hpp"
@@ -27,14 +24,9 @@ namespace tandem {
 
 namespace {
 
-// struct virtio_net_hdr_mrg_rxbuf (Virtio 1.2, 5.1.6; linux/virtio_net.h is C only): num_buffers follows a NetHeader.
-constexpr std::uint32_t kLongHeader = 12;
-constexpr std::uint32_t kBuffersAt = sizeof(NetHeader);
-constexpr NetHeader kNoOffload{};
 // A burst with large packets in it ends here, for a heartbeat: 32 of 64 KiB would take as long as the strictest hang
 // limits allow.
 constexpr std::uint64_t kBurstBytes = 256 * 1024;
-constexpr std::uint32_t kShortestFrame = 14;  // an Ethernet header; less is no packet
 
 // The part of the record that is the same for all directions.
 void begin_record(QueuePair& pair, RedoKind kind, const VringCursors& vring) {
@@ -89,14 +81,6 @@ void apply_drop(const RedoRecord& record, Suspicion& suspicion) {
   if (record.poisoned == 0) return;
   suspicion.poisoned = suspicion.poisoned_after;
   suspicion.suspect.store(0, std::memory_order_relaxed);
-}
-
-// `record`: a RedoRecord, or the RedoDestination in it. In one store: the checksum reads it back in one load right
-// afterwards, which would wait for several smaller stores.
-template <class Record, class Chain>
-void add_used(Record& record, const Chain& chain, std::uint32_t length) {
-  record.used[record.used_count++] = std::bit_cast<RedoUsed>(
-      std::uint64_t{chain.id()} | std::uint64_t{chain.slots()} << 16 | std::uint64_t{length} << 32);
 }
 
 template <class Record>
@@ -220,6 +204,15 @@ void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint
   must_hold(record.frame_count == record.producer_after - record.producer_before);
 }
 
+// Before arming: whether the frames that are to go back are those that the packets taken were in. Each index is worked
+// out once more; one that went wrong takes one packet for another.
+void check_taken(const RedoRecord& record, const XskPort& port, std::uint32_t taken) {
+  if (record.frame_count != taken) [[unlikely]]
+    return;  // an entry that names no frame of ours was among them
+  for (std::uint32_t i = 0; i < taken; ++i)
+    must_hold(record.frames[i].address == port.frame_start(port.rx.at(record.consumer_before + i).addr));
+}
+
 // Before arming, and again before disarming: whether what was staged, and applied, went where it belongs.
 template <class Queue>
 void check_wiring(const QueuePair& pair, const Queue& queue) {
@@ -260,409 +253,6 @@ bool may_go_on(const QueuePair& pair, VringCursors& vring, bool endless, bool st
   return false;
 }
 
-// Hands out transmit frames that are neither busy nor given out in this burst, the lowest first: those that came back a
-// moment ago, which are in the cache. It passes over each word of the bitmap once, so that a frame staged but not yet
-// marked is never met again.
-class FramePicker {
- public:
-  explicit FramePicker(const QueuePair& pair)
-      : busy_(pair.state->transmit_busy), words_(pair.port->description().tx_frames / 64) {}
-  /// A free frame, or kTransmitFrames if there is none. The frame counts as given out only after take().
-  std::uint32_t peek() {
-    for (; word_ < words_; ++word_, taken_ = 0) {
-      const std::uint64_t free = ~(busy_[word_] | taken_);
-      if (free != 0) return word_ * 64 + static_cast<std::uint32_t>(std::countr_zero(free));
-    }
-    return kTransmitFrames;
-  }
-  void take(std::uint32_t frame) { taken_ |= std::uint64_t{1} << (frame % 64); }
-
- private:
-  const std::uint64_t* busy_;
-  std::uint32_t words_;
-  std::uint32_t word_ = 0;
-  std::uint64_t taken_ = 0;
-};
-
-// How far a burst has come in a ring.
-struct Progress {
-  std::uint16_t position;   ///< where the next chain begins
-  std::uint32_t slots = 0;  ///< taken since the burst began
-};
-
-// The C library's is better for long ones, and its call costs more than a short one.
-[[gnu::always_inline]] inline void copy_packet(std::byte* to, const std::byte* from, std::size_t size) {
-  if (size <= 256) [[likely]]
-    rte_memcpy(to, from, size);
-  else
-    std::memcpy(to, from, size);
-}
-
-// So many chains ahead of the one in hand, buffers are called into the cache: they come from the guest's CPU.
-constexpr std::uint32_t kAhead = 4;
-
-// For each chain of a burst, before it is read.
-template <class Queue>
-class Lookahead {
- public:
-  Lookahead(const GuestMemory& memory, const Queue& queue, const typename Queue::Supply& supply, bool writable)
-      : memory_(memory), queue_(queue), supply_(supply), writable_(writable) {}
-  // The burst is at `at`. A chain takes one slot or more, so a chain of several is looked at too late rather than twice.
-  void at(const Progress& at) {
-    while (ahead_.slots < at.slots + kAhead) {
-      if (ahead_.slots < at.slots) ahead_ = at;
-      if (!supply_.has(ahead_.position, ahead_.slots)) return;
-      const std::uint64_t address = queue_.glance(ahead_.position);
-      if (writable_)
-        memory_.prefetch_window(address);
-      else
-        memory_.prefetch_view(address);
-      ahead_ = {queue_.next(ahead_.position, 1), ahead_.slots + 1};
-    }
-  }
-  void begin(std::uint16_t position) { ahead_ = {position}; }
-
- private:
-  const GuestMemory& memory_;
-  const Queue& queue_;
-  const typename Queue::Supply& supply_;
-  bool writable_;
-  Progress ahead_{};
-};
-
-// A packet that leaves a guest: our own copy of it, and of what its driver asks for.
-struct Outgoing {
-  std::byte* bytes = nullptr;  ///< room for one frame; once gathered, the packet: there, or in staging if it is large
-  std::uint32_t length = 0;
-  NetHeader header{};
-  bool large = false;  ///< its driver wants it to be segmented, so it may be longer than a frame
-};
-
-// Takes `size` bytes of the virtio header, of which `seen` were taken before. Once it is whole, it decides where the
-// packet goes. Returns how many bytes the packet may have.
-std::uint32_t take_header(const QueuePair& pair, Outgoing& packet, const std::byte* from, std::uint32_t seen,
-                          std::uint32_t size) {
-  if (seen == 0 && size >= sizeof packet.header) [[likely]]
-    std::memcpy(&packet.header, from, sizeof packet.header);
-  else if (seen < sizeof packet.header)
-    std::memcpy(reinterpret_cast<std::byte*>(&packet.header) + seen, from,
-                std::min<std::size_t>(size, sizeof packet.header - seen));
-  if (seen + size == pair.header_size && packet.header.gso_type != kGsoNone && pair.asked.bits != 0) [[unlikely]] {
-    packet.large = true;
-    packet.bytes = pair.staging;
-    return kLargestPacket;
-  }
-  return pair.port->description().max_packet;
-}
-
-// Header and packet in one buffer, and that in one region, and not to be segmented: what today's drivers mostly do. False
-// if it is not so, or not good: then the general way, below, finds out.
-[[gnu::always_inline]] inline bool gather_whole(const QueuePair& pair, std::uint64_t address, std::uint32_t length,
-                                                Outgoing& packet) {
-  const std::uint32_t header = pair.header_size;
-  if (length < header + kShortestFrame || length - header > pair.port->description().max_packet) return false;
-  const std::byte* piece = pair.memory->view(address, length);
-  if (piece == nullptr) return false;
-  must_hold(pair.memory->is_view_of(piece, address));
-  std::memcpy(&packet.header, piece, sizeof packet.header);
-  if (packet.header.gso_type != kGsoNone) [[unlikely]]
-    return false;
-  packet.length = length - header;
-  copy_packet(packet.bytes, piece + header, packet.length);
-  return true;
-}
-
-// Copies a transmit chain's packet to where `packet` says, and its header. Sets `fault` if it is refused, and no
-// length.
-template <class Chain>
-void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) {
-  std::uint32_t room = 0;
-  std::uint32_t header = 0;  // bytes of it seen; it may span several descriptors
-  std::uint32_t filled = 0;
-  std::uint64_t address = 0;
-  std::uint32_t length = 0;
-  fault = ChainFault::kNone;
-  bool more = chain.next(address, length);
-  if (more && chain.ended() && gather_whole(pair, address, length, packet)) [[likely]]
-    return;
-  for (; more; more = chain.next(address, length)) {
-    // A chain is good or bad as a whole: also what is not copied must lie in memory.
-    std::uint64_t at = address;
-    std::uint64_t left = length;
-    while (left > 0) {
-      const std::span<const std::byte> piece = pair.memory->view_some(at, left);
-      if (piece.empty()) {
-        fault = ChainFault::kAddress;
-        return;
-      }
-      must_hold(pair.memory->is_view_of(piece.data(), at));
-      std::size_t jump = 0;
-      if (header < pair.header_size) {
-        jump = std::min<std::size_t>(pair.header_size - header, piece.size());
-        room = take_header(pair, packet, piece.data(), header, static_cast<std::uint32_t>(jump));
-        header += static_cast<std::uint32_t>(jump);
-      }
-      const std::size_t copy = piece.size() - jump;
-      if (copy > room - filled) {
-        fault = ChainFault::kTooLong;
-        return;
-      }
-      copy_packet(packet.bytes + filled, piece.data() + jump, copy);
-      filled += static_cast<std::uint32_t>(copy);
-      at += piece.size();
-      left -= piece.size();
-    }
-  }
-  fault = chain.fault();
-  if (fault == ChainFault::kNone && (header < pair.header_size || filled < kShortestFrame))
-    fault = ChainFault::kTooShort;
-  if (fault == ChainFault::kNone) packet.length = filled;
-}
-
-// Whether there is something to do about a packet that was gathered.
-bool wants_offload(const QueuePair& pair, const Outgoing& packet) {
-  return asks_for_offload(packet.header) && pair.asked.bits != 0;
-}
-
-// Before a transmit chain is refused. `large`: of the packet that was gathered.
-template <class Queue>
-void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& at, std::uint32_t frame, bool large) {
-  const std::uint64_t header = pair.header_size;
-  std::byte* bytes = pair.port->frame(pair.port->transmit_address(frame), pair.port->description().frame_size);
-  confirm_refusal(
-      [&] {
-        ChainFault fault = ChainFault::kNone;
-        typename Queue::Chain again(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
-        Outgoing packet{bytes};
-        gather(pair, again, packet, fault);
-        large = packet.large;  // or a guest that changes its mind would make the two disagree
-        return !again.finish() || fault != ChainFault::kNone;
-      },
-      [&] {
-        const std::uint64_t most = header + (large ? kLargestPacket : pair.port->description().max_packet);
-        const ChainNeed need{.writable = false, .least = header + kShortestFrame, .most = most, .look = most + 1};
-        return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need);
-      });
-}
-
-// What a packet of this pair may ask for, whoever it is for.
-OffloadLimits limits_of(const QueuePair& pair) {
-  return {pair.port->description().max_packet, most_segments(*pair.port)};
-}
-
-// The request of a packet; nothing, confirmed, if it cannot be honoured. Both opinions look at our own copy, so a guest
-// cannot make them disagree.
-std::optional<Offload> find_offload(const QueuePair& pair, const Outgoing& packet) {
-  const std::span<const std::byte> bytes{packet.bytes, packet.length};
-  std::optional<Offload> found = check_offload(packet.header, pair.asked, bytes, limits_of(pair));
-  if (!found) [[unlikely]]
-    confirm_refusal([&] { return !check_offload(packet.header, pair.asked, bytes, limits_of(pair)); },
-                    [&] { return offload_is_good(packet.header, pair.asked, bytes, limits_of(pair)); });
-  return found;
-}
-
-// Cuts a packet into frames and adds them to the record, all or none. False: there are not enough of them now. `room`:
-// entries that the TX ring and the record have for this burst.
-bool stage_segments(QueuePair& pair, FramePicker& frames, std::uint32_t room, const Outgoing& packet,
-                    const Offload& offload) {
-  RedoRecord& record = pair.shard->record;
-  XskPort& port = *pair.port;
-  if (offload.segments > room - record.frame_count) return false;
-  RedoFrame* const first = record.frames + record.frame_count;
-  for (std::uint32_t n = 0; n < offload.segments; ++n) {
-    const std::uint32_t frame = frames.peek();
-    if (frame == kTransmitFrames) return false;
-    frames.take(frame);
-    first[n] = {static_cast<std::uint32_t>(port.transmit_address(frame)), segment_length(offload, packet.length, n)};
-  }
-  for (std::uint32_t n = 0; n < offload.segments; ++n)
-    write_segment(offload, {packet.bytes, packet.length}, n, port.frame(first[n].address, first[n].length));
-  record.frame_count = static_cast<std::uint16_t>(record.frame_count + offload.segments);
-  return true;
-}
-
-// Writes header and packet into one receive chain's buffers, as far as they go. Returns bytes written (header
-// included).
-template <class Queue>
-class Scatter {
- public:
-  Scatter(const GuestMemory& memory, const Queue& queue, std::uint16_t position, std::uint32_t taken)
-      : memory_(memory), chain_(memory, queue, position, /*writable=*/true, taken) {}
-  // For giving it back.
-  [[nodiscard]] typename Queue::Chain& chain() { return chain_; }
-
-  // Appends `size` bytes; returns how many found room.
-  std::size_t write(const std::byte* data, std::size_t size) {
-    std::size_t done = 0;
-    while (done < size) {
-      if (span_.size() == used_ && !advance()) break;
-      const std::size_t copy = std::min(size - done, span_.size() - used_);
-      copy_packet(span_.data() + used_, data + done, copy);
-      used_ += copy;
-      done += copy;
-    }
-    return done;
-  }
-  [[nodiscard]] ChainFault fault() const { return fault_ != ChainFault::kNone ? fault_ : chain_.fault(); }
-  // The next `size` bytes, to be written by the caller, if they are in one piece.
-  [[nodiscard]] std::byte* take_whole(std::size_t size) {
-    if ((span_.size() == used_ && !advance()) || span_.size() - used_ < size) return nullptr;
-    used_ += size;
-    return span_.data() + used_ - size;
-  }
-  // Where the next byte would go; for the header of which one field is patched later.
-  [[nodiscard]] std::byte* position() {
-    if (span_.size() == used_ && !advance()) return nullptr;
-    return span_.data() + used_;
-  }
-
- private:
-  bool advance() {
-    if (left_ == 0) {
-      std::uint32_t length = 0;
-      if (!chain_.next(address_, length)) return false;
-      left_ = length;
-    }
-    span_ = memory_.authorize_some(address_, left_);
-    used_ = 0;
-    if (span_.size() == 0) {
-      fault_ = ChainFault::kAddress;
-      return false;
-    }
-    must_hold(memory_.is_window_of(span_.data(), address_));
-    address_ += span_.size();
-    left_ -= span_.size();
-    return true;
-  }
-
-  const GuestMemory& memory_;
-  typename Queue::Chain chain_;
-  WritableSpan span_;
-  std::size_t used_ = 0;
-  std::uint64_t address_ = 0;
-  std::uint64_t left_ = 0;
-  ChainFault fault_ = ChainFault::kNone;
-};
-
-// One receive chain with as much of a packet as found room.
-template <class Queue>
-struct Filled {
-  // `header`: what the packet begins with; nullptr: this chain goes on with it.
-  Filled(QueuePair& pair, const Queue& queue, const Progress& at, const NetHeader* header, const std::byte* packet,
-         std::uint32_t length)
-      : scatter(*pair.memory, queue, at.position, at.slots) {
-    std::byte* whole = header != nullptr ? scatter.take_whole(std::size_t{pair.header_size} + length) : nullptr;
-    if (whole != nullptr) [[likely]] {
-      std::memcpy(whole, header, sizeof *header);
-      std::memset(whole + kBuffersAt, 0, pair.header_size - kBuffersAt);
-      buffers_field = {whole + kBuffersAt, whole + kBuffersAt + 1};
-      copy_packet(whole + pair.header_size, packet, length);
-      written = pair.header_size;
-      copied = length;
-    } else if (header != nullptr) {
-      // num_buffers, the last two bytes of 12, is known only at the end.
-      written = static_cast<std::uint32_t>(scatter.write(reinterpret_cast<const std::byte*>(header), sizeof *header));
-      for (std::uint32_t i = kBuffersAt; i < pair.header_size && written == i; ++i) {
-        static constexpr std::byte kZero{};
-        buffers_field[i - kBuffersAt] = scatter.position();
-        written += static_cast<std::uint32_t>(scatter.write(&kZero, 1));
-      }
-      complete = written == pair.header_size;
-    }
-    if (complete && whole == nullptr) copied = static_cast<std::uint32_t>(scatter.write(packet, length));
-    written += copied;
-    ended = scatter.chain().finish();
-  }
-  // Nothing of it can be used; a chain that holds nothing is no help to a packet that needs room.
-  [[nodiscard]] bool bad() const { return !complete || scatter.fault() != ChainFault::kNone || written == 0; }
-
-  Scatter<Queue> scatter;
-  std::array<std::byte*, sizeof(std::uint16_t)> buffers_field{};  ///< of the header
-  std::uint32_t written = 0;                                      ///< bytes, header included
-  std::uint32_t copied = 0;                                       ///< bytes of the packet
-  bool complete = true;                                           ///< the header is in, if this chain was to have it
-  bool ended = false;                                             ///< the chain has an end
-};
-
-// Before a receive chain is refused: as bad, or, with `all`, as one that does not hold the whole packet.
-template <class Queue>
-void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at, const NetHeader* net,
-                         const std::byte* packet, std::uint32_t length, bool all) {
-  const std::uint64_t header = net != nullptr ? pair.header_size : 0;
-  constexpr std::uint64_t kAny = ~std::uint64_t{0};
-  const ChainNeed need{.writable = true,
-                       .least = all ? header + length : std::max<std::uint64_t>(header, 1),
-                       .most = kAny,
-                       .look = header + length};
-  confirm_refusal(
-      [&] {
-        const Filled<Queue> again(pair, queue, at, net, packet, length);
-        return !again.ended || again.bad() || (all && again.copied < length);
-      },
-      [&] { return !pair.memory->faulted() && chain_is_good(*pair.memory, queue, at.position, at.slots, need); });
-}
-
-enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEndless };
-
-// Places one packet into receive buffers from `at` on, and adds used elements to the record. Moves `at` past what was
-// used up, whatever the result; after kNoBuffers it stands where there were none. `record`: a RedoRecord, or the
-// RedoDestination in it.
-template <class Queue, class Record>
-Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
-             const NetHeader& header, const std::byte* packet, std::uint32_t length, Progress& at) {
-  const std::uint16_t first_used = record.used_count;
-  const Progress begin = at;
-  // The packet is given up, and what it had taken goes back empty: partly written, and the ring's order must be kept.
-  const auto give_back_empty = [&record, first_used] {
-    for (std::uint32_t i = first_used; i < record.used_count; ++i) record.used[i].length = 0;
-  };
-  std::array<std::byte*, sizeof(std::uint16_t)> buffers_field{};
-  std::uint32_t buffers = 0;
-  std::uint32_t done = 0;
-  do {
-    if (buffers > 0 && !pair.mergeable) {
-      confirm_bad_receive(pair, queue, begin, &header, packet, length, true);
-      give_back_empty();
-      return Placed::kTooLarge;
-    }
-    if (!supply.has(at.position, at.slots)) {
-      record.used_count = first_used;
-      return Placed::kNoBuffers;
-    }
-    if (record.used_count == std::size(record.used)) {
-      record.used_count = first_used;
-      at = begin;
-      return first_used == 0 ? Placed::kTooLarge : Placed::kNoRecordRoom;
-    }
-    const NetHeader* const net = buffers == 0 ? &header : nullptr;
-    Filled<Queue> filled(pair, queue, at, net, packet + done, length - done);
-    if (!filled.ended || filled.bad()) [[unlikely]]
-      confirm_bad_receive(pair, queue, at, net, packet + done, length - done, false);
-    if (buffers == 0) buffers_field = filled.buffers_field;
-    done += filled.copied;
-    if (!filled.ended) {
-      record.used_count = first_used;
-      at = begin;
-      return Placed::kEndless;
-    }
-    const auto& chain = filled.scatter.chain();
-    add_used(record, chain, filled.written);
-    at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
-    if (filled.bad()) {
-      give_back_empty();
-      return Placed::kBadChain;
-    }
-    ++buffers;
-  } while (done < length);
-  if (pair.header_size == kLongHeader) {
-    // num_buffers, little endian with VERSION_1; guest-endian before, which is little endian on every host Tandem runs
-    // on.
-    *buffers_field[0] = static_cast<std::byte>(buffers & 0xffu);
-    *buffers_field[1] = static_cast<std::byte>(buffers >> 8);
-  }
-  return Placed::kDone;
-}
-
 // The bursts, for either layout.
 
 // The neighbour that a packet goes to. `packet` is our own copy: what is looked at here is what is delivered.
@@ -689,8 +279,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
-  Lookahead ahead(*pair.memory, queue, supply, /*writable=*/false);
-  ahead.begin(at.position);
+  Lookahead ahead(*pair.memory, queue, supply, /*writable=*/false, at.position);
   const Suspected& suspect = pair.transmit_suspect;
   bool no_room = false, endless = false, drop = false;
   while (record.used_count < kBurstPackets && !drop && supply.has(at.position, at.slots)) {
@@ -715,7 +304,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
       confirm_bad_transmit(pair, queue, at, frame, packet.large);
     if (endless) break;
     if constexpr (kNeighbours) {
-      // The first one goes: a moment ago forward_from() found it to be for nobody here.
+      // The first one goes: a moment ago Forward found it to be for nobody here.
       if (record.used_count != 0 && fault == ChainFault::kNone && find_neighbour(pair, packet.bytes) != nullptr) break;
     }
     bool segmented = false;
@@ -793,12 +382,10 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   bool endless = false, drop = false;
   {
     const WindowOpen window;
-    Lookahead ahead(*pair.memory, queue, supply, /*writable=*/true);
-    ahead.begin(at.position);
+    Lookahead ahead(*pair.memory, queue, supply, /*writable=*/true, at.position);
     for (; taken < waiting && !drop; ++taken) {
       ahead.at(at);
-      if (taken + kAhead < waiting)
-        __builtin_prefetch(port.frame(port.rx.at(consumer + taken + kAhead).addr, 1));
+      if (taken + kAhead < waiting) __builtin_prefetch(port.frame(port.rx.at(consumer + taken + kAhead).addr, 1));
       take_in_hand(pair, PacketPhase::kReceive, consumer + taken);
       if (suspect.is_condemned(consumer + taken)) [[unlikely]] {
         drop = taken == 0 && suspect.packet;
@@ -848,6 +435,7 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   record.avail_after = at.position;
   record.used_after = used_after;
   check_staged(record, vring, taken);
+  check_taken(record, port, taken);
   must_hold(record.consumer_before == port.rx.consumer() && record.used_count <= at.slots);
   check_wiring(pair, queue);
   if (drop) stage_drop(record, pair.state->receive_suspicion);
@@ -877,8 +465,7 @@ class Forward {
     VringCursors& vring = pair_.state->transmit;
     const auto supply = queue_.supply(vring.next_avail, vring.next_used);
     if (!usable(*pair_.memory, queue_, supply, vring) || !supply.has(at_.position, 0)) return 0;
-    ahead_.emplace(*pair_.memory, queue_, supply, /*writable=*/false);
-    ahead_->begin(at_.position);
+    ahead_.emplace(*pair_.memory, queue_, supply, /*writable=*/false, at_.position);
     QueuePair* to = read_next();
     if (to == nullptr) {
       let_go(pair_);
@@ -987,8 +574,7 @@ class Forward {
     const auto buffers = to_queue.supply(vring.next_avail, vring.next_used);
     // A neighbour that is stopped, now or since long, takes nothing: to the sender it is like a full ring.
     const bool takes = to.can_receive() && usable(*to.memory, to_queue, buffers, vring);
-    Lookahead to_ahead(*to.memory, to_queue, buffers, /*writable=*/true);
-    to_ahead.begin(to_at_.position);
+    Lookahead to_ahead(*to.memory, to_queue, buffers, /*writable=*/true, to_at_.position);
     do {
       if (takes) to_ahead.at(to_at_);
       Arrival arrival;

@@ -9,21 +9,25 @@
 // one. Thread: any.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace tandem {
 
-/// XOR of the words of `object`, which has no padding.
+/// XOR of the words of `object`, which has no padding. In one expression: a loop would be left as one.
 template <class T>
 std::uint64_t fold(const T& object) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(std::uint64_t) == 0);
-  std::uint64_t words[sizeof(T) / sizeof(std::uint64_t)];
-  std::memcpy(words, &object, sizeof words);
-  std::uint64_t sum = 0;
-  for (const std::uint64_t word : words) sum ^= word;
-  return sum;
+  const auto word = [at = reinterpret_cast<const std::byte*>(&object)](std::size_t n) {
+    std::uint64_t value = 0;
+    std::memcpy(&value, at + n * sizeof value, sizeof value);
+    return value;
+  };
+  return [&]<std::size_t... N>(std::index_sequence<N...>) { return (word(N) ^ ...); }
+  (std::make_index_sequence<sizeof(T) / sizeof(std::uint64_t)>{});
 }
 
 }  // namespace tandem

@@ -56,8 +56,8 @@ struct RedoDestination {
 };
 
 struct alignas(64) RedoRecord {
-  /// 0: empty. Otherwise epoch << 32 | CRC-32C of everything from `version` to the last used element, and of the
-  /// frames, or of a forward's destination to its last used element.
+  /// 0: empty. Otherwise epoch << 32 | redo_checksum(): of everything from `version` to the last used element, and of
+  /// the frames, or of a forward's destination to its last used element.
   std::atomic<std::uint64_t> arm;
 
   std::uint32_t version;

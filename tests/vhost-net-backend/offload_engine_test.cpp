@@ -2,6 +2,7 @@
 // Packets with offload requests through the engine: to the uplink, and to another guest that takes them or does not.
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <functional>
 #include <cstring>
 #include <string>
 
@@ -171,23 +172,19 @@ TEST_CASE("offloads to the uplink: what can never fit, or is hostile, is dropped
     };
     send_bad(TcpPacket(TcpShape{.payload = 65 * 100, .segment = 100}));  // 65 frames; there are 64
     send_bad(TcpPacket(TcpShape{.payload = 4000, .segment = 3000}));     // longer than a frame
-    TcpPacket packet(kSmall);
-    packet.net.gso_size = 0;
-    send_bad(packet);
-    packet = TcpPacket(kSmall);
-    packet.net.checksum_start = 60000;
-    send_bad(packet);
-    packet = TcpPacket(kSmall);
-    packet.net.gso_type = 3;
-    send_bad(packet);
-    packet = TcpPacket(kSmall);
-    packet.net.flags = 0;
-    send_bad(packet);
-    packet = TcpPacket(kSmall);
-    packet.net.gso_type = 0;
-    packet.net.checksum_offset = 0xfff0;
-    send_bad(packet);
-    packet = TcpPacket(TcpShape{.payload = 65500, .segment = 1400, .flags = 0x10});
+    const std::function<void(NetHeader&)> lies[] = {
+        [](NetHeader& net) { net.gso_size = 0; },
+        [](NetHeader& net) { net.checksum_start = 60000; },
+        [](NetHeader& net) { net.gso_type = 3; },
+        [](NetHeader& net) { net.flags = 0; },
+        [](NetHeader& net) { net.gso_type = 0, net.checksum_offset = 0xfff0; },
+    };
+    for (const auto& lie : lies) {
+      TcpPacket packet(kSmall);
+      lie(packet.net);
+      send_bad(packet);
+    }
+    TcpPacket packet(TcpShape{.payload = 65500, .segment = 1400, .flags = 0x10});
     packet.bytes.resize(kLargestPacket + 1);
     send_bad(packet);
     // Too long for a frame, and nobody asks that it be cut.
