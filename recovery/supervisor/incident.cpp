@@ -16,10 +16,10 @@ namespace {
 constexpr std::size_t kKept = 1000;
 constexpr std::size_t kCapturesKept = 100;
 
-nlohmann::json hang_name(HangVerdict verdict) {
+std::string hang_name(HangVerdict verdict) {
   switch (verdict) {
     case HangVerdict::kNone:
-      return nullptr;
+      return "";
     case HangVerdict::kSpinning:
       return "spinning";
     case HangVerdict::kBlocked:
@@ -107,6 +107,8 @@ std::string signal_name(int signal) {
   return name != nullptr ? std::string("SIG") + name : "signal " + std::to_string(signal);
 }
 
+std::string Incident::hang() const { return hang_name(timeline.verdict); }
+
 std::string Incident::cause() const {
   if (planned()) return "planned";
   if (reaped && exit_signal != 0) return signal_name(exit_signal);
@@ -138,7 +140,7 @@ nlohmann::json Incident::to_json() const {
           {"detected_by", planned()                                ? "request"
                           : timeline.verdict == HangVerdict::kNone ? "fence"
                                                                    : "watchdog"},
-          {"hang", hang_name(timeline.verdict)},
+          {"hang", hang().empty() ? nlohmann::json(nullptr) : nlohmann::json(hang())},
           {"fence_time_ns", timeline.fence_ns},
           {"owner_state", timeline.owner_was_asleep != 0 ? "asleep" : "running"},
           {"timeline_ns",

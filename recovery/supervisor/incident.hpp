@@ -57,6 +57,8 @@ struct Incident {
   /// "SIGSEGV", "SIGKILL", "exit 1": what the process died of, if reaped; else what the fence saw. "planned" for a
   /// handover.
   [[nodiscard]] std::string cause() const;
+  /// "spinning", "blocked", ...: what its standby killed it for; empty if that did not.
+  [[nodiscard]] std::string hang() const;
   /// Times in `timeline_ns` are relative to the fence's mark, those of a handover to its request; absent ones are null.
   [[nodiscard]] nlohmann::json to_json() const;
 };

@@ -41,9 +41,11 @@ void log_failover(const Incident& incident) {
   const TakeoverTimeline& timeline = incident.timeline;
   const std::uint64_t takeover_ns =
       timeline.fence_ns == 0 || timeline.replayed_ns < timeline.fence_ns ? 0 : timeline.replayed_ns - timeline.fence_ns;
+  const std::string hang = incident.hang();
   const std::string text =
-      fmt::format("pair {}: failover {} done: {}, heir {} took over {} us after the fence", incident.pair, incident.id,
-                  incident.cause(), incident.heir_pid, takeover_ns / 1000);
+      fmt::format("pair {}: failover {} done: {}{}, heir {} took over {} us after the fence", incident.pair, incident.id,
+                  incident.cause(), hang.empty() ? "" : " of its standby, which found it hung (" + hang + ")",
+                  incident.heir_pid, takeover_ns / 1000);
   if (!to_journal()) return spdlog::warn("{}", text);
   if (!spdlog::should_log(spdlog::level::warn)) return;
   // In parentheses: the macro of this name adds the source line of this file, which helps nobody.

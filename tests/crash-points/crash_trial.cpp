@@ -235,13 +235,18 @@ void CrashTrial::step_owner(RowResult& result) {
   world_->calls(1);
   Snapshot snapshot;
   look(snapshot, result);
-  child.step([&] { look(snapshot, result); });
+  child.step([&](bool could_store) {
+    const std::uint64_t changes = result.changes;
+    look(snapshot, result);
+    if (!could_store && result.changes != changes) ++result.unforeseen;
+  });
   if (row_.situation == Situation::kHandover && !let_go_) std::abort();
 }
 
 void CrashTrial::look(Snapshot& snapshot, RowResult& result) {
   ++result.points;
   if (!refresh(*world_, snapshot)) return;
+  ++result.changes;
   if (let_go_) ++result.verdict.trespasses;
   if (!let_go_ && let_go(*world_)) {
     let_go_ = true;
@@ -257,7 +262,7 @@ void CrashTrial::look(Snapshot& snapshot, RowResult& result) {
   if (row_.nested) starts_.push_back({snapshot, world_->nics, world_->kernels, *flows_});
 }
 
-void CrashTrial::step_heirs(bool moved, RowResult& result) {
+void CrashTrial::step_heirs(bool moved, bool every_instruction, RowResult& result) {
   SteppedProcess child([this] {
     fence_->view_again();
     const auto ports = make_ports(*world_);
@@ -280,22 +285,34 @@ void CrashTrial::step_heirs(bool moved, RowResult& result) {
     child.run();
     Snapshot snapshot;
     refresh(*world_, snapshot);
-    child.step([&] {
+    const auto look_at_heir = [&] {
       ++result.nested_points;
-      if (!refresh(*world_, snapshot) || !seen_.insert(hash(snapshot, moved)).second) return;
+      if (!refresh(*world_, snapshot)) return;
+      ++result.nested_changes;
+      if (!seen_.insert(hash(snapshot, moved)).second) return;
       ++result.nested_distinct;
       judge(snapshot, result);
-    });
+    };
+    if (every_instruction) {
+      child.step([&](bool could_store) {
+        const std::uint64_t changes = result.nested_changes;
+        look_at_heir();
+        if (!could_store && result.nested_changes != changes) ++result.unforeseen;
+      });
+    } else {
+      child.step_stores(look_at_heir);
+    }
     child.run();
   }
 }
 
-RowResult CrashTrial::run(bool until_harm) {
+RowResult CrashTrial::run(const TrialOptions& options) {
   RowResult result;
   const auto begin = std::chrono::steady_clock::now();
   step_owner(result);
   for (const bool moved : {false, true})
-    if (row_.nested && (!until_harm || result.verdict.clean())) step_heirs(moved, result);
+    if (row_.nested && (!options.until_harm || result.verdict.clean()))
+      step_heirs(moved, options.every_instruction, result);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   result.done = true;
   return result;

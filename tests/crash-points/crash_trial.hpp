@@ -15,12 +15,21 @@ namespace tandem::test {
 struct RowResult {
   std::uint64_t points = 0;           ///< instruction boundaries at which the owner might have died
   std::uint64_t distinct = 0;         ///< of these, with different shared bytes
-  std::uint64_t nested_points = 0;    ///< instruction boundaries of takeovers at which the heir might have died
+  std::uint64_t changes = 0;          ///< of these, at which the shared bytes were not what they had been one earlier
+  std::uint64_t nested_points = 0;    ///< places in takeovers at which the heir might have died: after each instruction
+                                      ///< that can store, or after each
+  std::uint64_t nested_changes = 0;   ///< of these, at which the shared bytes were not what they had been one earlier
   std::uint64_t nested_distinct = 0;  ///< of these, with shared bytes not met before in this row
   std::uint64_t takeovers = 0;        ///< that were run and judged
+  std::uint64_t unforeseen = 0;       ///< changes by instructions that store_traps.hpp takes for harmless
   Verdict verdict;
   double seconds = 0;
   bool done = false;
+};
+
+struct TrialOptions {
+  bool until_harm = false;         ///< second crashes only if the first ones did no harm
+  bool every_instruction = false;  ///< heirs are stopped after every instruction, not only after those that can store
 };
 
 /// The shared bytes of a world.
@@ -29,8 +38,7 @@ using Snapshot = std::vector<std::byte>;
 class CrashTrial {
  public:
   explicit CrashTrial(const MatrixRow& row);
-  /// `until_harm`: second crashes only if the first ones did no harm.
-  RowResult run(bool until_harm);
+  RowResult run(const TrialOptions& options);
 
  private:
   void prepare(EngineWorld& world, FakeFence& fence, Flows& flows) const;
@@ -42,7 +50,7 @@ class CrashTrial {
   [[nodiscard]] std::vector<std::shared_ptr<const Device>> devices(const EngineWorld& world) const;
   void step_owner(RowResult& result);
   /// `moved`: guest and kernel had gone on before the heir came.
-  void step_heirs(bool moved, RowResult& result);
+  void step_heirs(bool moved, bool every_instruction, RowResult& result);
   /// An heir takes over a copy of `snapshot`, once at once and once after guest and kernel have gone on.
   void judge(const Snapshot& snapshot, RowResult& result);
 

@@ -3,10 +3,13 @@
 #include "tests/crash-points/single_step.hpp"
 
 #include <sys/ptrace.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <csignal>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 
@@ -48,16 +51,59 @@ bool SteppedProcess::wait() const {
   return signal == SIGSTOP;
 }
 
-void SteppedProcess::run() {
-  if (::ptrace(PTRACE_CONT, child_, nullptr, nullptr) != 0) give_up("continue refused", 0);
-  if (!wait()) give_up("a trap that nobody asked for", 0);
+bool SteppedProcess::go_on(int request) {
+  if (::ptrace(static_cast<__ptrace_request>(request), child_, nullptr, nullptr) != 0) give_up("going on refused", 0);
+  return wait();
 }
 
-std::uint64_t SteppedProcess::step(const std::function<void()>& look) {
-  for (std::uint64_t steps = 0;; ++steps) {
-    if (::ptrace(PTRACE_SINGLESTEP, child_, nullptr, nullptr) != 0) give_up("step refused", 0);
-    if (wait()) return steps;
-    look();
+std::uint64_t SteppedProcess::instruction() const {
+  errno = 0;
+  const long address = ::ptrace(PTRACE_PEEKUSER, child_, offsetof(user, regs.rip), nullptr);
+  if (errno != 0) give_up("its registers cannot be read", 0);
+  return static_cast<std::uint64_t>(address);
+}
+
+void SteppedProcess::set_instruction(std::uint64_t address) {
+  if (::ptrace(PTRACE_POKEUSER, child_, offsetof(user, regs.rip), address) != 0)
+    give_up("its registers cannot be written", 0);
+}
+
+void SteppedProcess::run() {
+  if (traps_) traps_->lift();
+  if (!go_on(PTRACE_CONT)) give_up("a trap that nobody asked for", 0);
+}
+
+void SteppedProcess::step(const std::function<void(bool could_store)>& look) {
+  if (traps_) traps_->lift();
+  for (;;) {
+    const bool could_store = can_store(instruction());
+    if (go_on(PTRACE_SINGLESTEP)) return;
+    look(could_store);
+  }
+}
+
+void SteppedProcess::step_stores(const std::function<void()>& look) {
+  if (!traps_) traps_ = std::make_unique<StoreTraps>(child_);
+  traps_->plant();
+  for (std::uint64_t at = instruction();;) {
+    const StoreTraps::Pace pace = traps_->reach(at);
+    if (pace == StoreTraps::Pace::kRun) {
+      if (go_on(PTRACE_CONT)) return;
+      // Behind the breakpoint's one byte.
+      at = instruction() - 1;
+      if (!traps_->trapped(at)) give_up("a trap that nobody asked for", 0);
+      set_instruction(at);
+      continue;
+    }
+    const std::uint64_t from = at;
+    do {  // a repeated string instruction stores again and again
+      const bool paused = go_on(PTRACE_SINGLESTEP);
+      if (paused) traps_->rearm(from);
+      if (paused) return;
+      if (pace == StoreTraps::Pace::kLook) look();
+      at = instruction();
+    } while (at == from);
+    traps_->rearm(from);
   }
 }
 

@@ -34,10 +34,19 @@ json switch_over(PairHost& host, Traffic& traffic) {
   return answer;
 }
 
-// Until one succeeds: a standby that gets no CPU in time is refused, for the owner takes the shard back. That costs
-// time and nothing else, and is recorded.
+void require_paired(PairHost& host, Traffic& traffic) {
+  const bool paired = traffic.pump_until([&] {
+    const json pair = host.pair();
+    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["standby"]["state"] == "ready";
+  });
+  if (!paired) FAIL("no pair again: " << host.status().dump(2) << host.log());
+}
+
+// Until one succeeds: a standby that gets no CPU in time is refused, for the owner takes the shard back, and an owner that
+// gets none may be taken for hung and lose its place. Both cost time and nothing else, and are recorded.
 json switch_over_for_good(PairHost& host, Traffic& traffic) {
   for (int attempt = 0; attempt < 50; ++attempt) {
+    require_paired(host, traffic);
     json answer = switch_over(host, traffic);
     if (answer.value("ok", false)) return answer;
     INFO(answer.dump(2));
@@ -45,14 +54,6 @@ json switch_over_for_good(PairHost& host, Traffic& traffic) {
   }
   FAIL("no switchover in 50 attempts");
   return {};
-}
-
-void require_paired(PairHost& host, Traffic& traffic) {
-  const bool paired = traffic.pump_until([&] {
-    const json pair = host.pair();
-    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["standby"]["state"] == "ready";
-  });
-  if (!paired) FAIL("no pair again: " << host.status().dump(2) << host.log());
 }
 
 void check_handover(const json& incident, pid_t former, pid_t heir) {
