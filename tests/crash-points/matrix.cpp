@@ -75,12 +75,7 @@ std::vector<MatrixRow> matrix() {
     row.receive = receive;
     row.burst = burst;
     row.wrap = wrap;
-    // What a takeover does to a packed ring does not depend on EVENT_IDX; half of the rows keep the run short, and so
-    // does one row for each style of a forward, whose heirs have two virtqueues to go through.
-    row.nested = burst <= 2 && (event_index || !packed) &&
-                 (!forward || (event_index && wrap == Wrap::kIndex && mergeable == (style != ChainStyle::kDirect)));
-    // What a takeover does about frames does not depend on how many packets they came from.
-    if (offload != Offload::kNone) row.nested = burst == 1 && style == ChainStyle::kChained && offload == Offload::kCut;
+    row.nested = burst <= 2;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
     if (forward) row.shape.devices = row.shape.queue_pairs = 2;
     if (offload != Offload::kNone) {
