@@ -65,12 +65,25 @@ class Lookahead {
   Progress ahead_;
 };
 
+// A chain that was walked, as far as giving it back goes.
+struct Walked {
+  std::uint16_t id;
+  std::uint16_t slots;
+  bool ended;  ///< false: it has no end, so nobody knows where the next one begins
+};
+
+template <class Chain>
+Walked walk_to_end(Chain& chain) {
+  const bool ended = chain.finish();
+  return {chain.id(), chain.slots(), ended};
+}
+
 // `record`: a RedoRecord, or the RedoDestination in it. In one store: the checksum reads it back in one load right
 // afterwards, which would wait for several smaller stores.
-template <class Record, class Chain>
-void add_used(Record& record, const Chain& chain, std::uint32_t length) {
+template <class Record>
+void add_used(Record& record, const Walked& chain, std::uint32_t length) {
   record.used[record.used_count++] = std::bit_cast<RedoUsed>(
-      std::uint64_t{chain.id()} | std::uint64_t{chain.slots()} << 16 | std::uint64_t{length} << 32);
+      std::uint64_t{chain.id} | std::uint64_t{chain.slots} << 16 | std::uint64_t{length} << 32);
 }
 
 }  // namespace tandem

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "vhost-net-backend/guest_memory.hpp"
 #include "vhost-net-backend/packed_queue.hpp"
@@ -34,8 +35,26 @@ enum class ChainFault {
   kOffload  ///< asks for what cannot be done to its packet (offload.hpp)
 };
 
+/// A chain of one direct descriptor.
+struct SingleBuffer {
+  std::uint64_t address;
+  std::uint32_t length;
+  std::uint16_t id;  ///< as the chain's id()
+};
+
 class SplitChain {
  public:
+  /// The chain at `position` if it is one direct descriptor and good as far as that tells; what it is otherwise, only a
+  /// SplitChain finds out, which reads everything anew.
+  static std::optional<SingleBuffer> single(const SplitQueue& queue, std::uint16_t position, bool writable) {
+    const std::uint16_t head = queue.avail_head(position);
+    if (head >= queue.size()) return std::nullopt;
+    const vring_desc descriptor = queue.descriptor(head);
+    constexpr std::uint32_t kKinds = VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE;
+    if ((descriptor.flags & kKinds) != (writable ? VRING_DESC_F_WRITE : 0u)) return std::nullopt;
+    return SingleBuffer{descriptor.addr, descriptor.len, head};
+  }
+
   /// The chain at `position`. `writable`: the direction every descriptor must have (true on a receive queue).
   SplitChain(const GuestMemory& memory, const SplitQueue& queue, std::uint16_t position, bool writable, std::uint32_t)
       : memory_(memory), queue_(queue), head_(queue.avail_head(position)), limit_(queue.size()), writable_(writable) {
@@ -120,6 +139,16 @@ class SplitChain {
 
 class PackedChain {
  public:
+  /// As SplitChain::single().
+  static std::optional<SingleBuffer> single(const PackedQueue& queue, std::uint16_t position, bool writable) {
+    const vring_packed_desc descriptor = queue.descriptor(PackedQueue::index(position));
+    constexpr std::uint32_t kKinds = VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE;
+    if (!PackedQueue::is_available(descriptor.flags, position) ||
+        (descriptor.flags & kKinds) != (writable ? VRING_DESC_F_WRITE : 0u))
+      return std::nullopt;
+    return SingleBuffer{descriptor.addr, descriptor.len, descriptor.id};
+  }
+
   /// The chain at `position`, which must be available; `taken` slots were taken in this burst before it.
   PackedChain(const GuestMemory& memory, const PackedQueue& queue, std::uint16_t position, bool writable,
               std::uint32_t taken)

@@ -97,10 +97,7 @@ void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) 
   std::uint64_t address = 0;
   std::uint32_t length = 0;
   fault = ChainFault::kNone;
-  bool more = chain.next(address, length);
-  if (more && chain.ended() && gather_whole(pair, address, length, packet)) [[likely]]
-    return;
-  for (; more; more = chain.next(address, length)) {
+  while (chain.next(address, length)) {
     // A chain is good or bad as a whole: also what is not copied must lie in memory.
     std::uint64_t at = address;
     std::uint64_t left = length;
@@ -132,6 +129,33 @@ void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) 
   if (fault == ChainFault::kNone && (header < pair.header_size || filled < kShortestFrame))
     fault = ChainFault::kTooShort;
   if (fault == ChainFault::kNone) packet.length = filled;
+}
+
+template <class Queue>
+[[gnu::noinline]] Walked gather_chain(QueuePair& pair, const Queue& queue, const Progress& at, Outgoing& packet,
+                                      ChainFault& fault) {
+  typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
+  gather(pair, chain, packet, fault);
+  return walk_to_end(chain);
+}
+
+// Gathers the packet at `at`, as gather() does.
+template <class Queue>
+[[gnu::always_inline]] inline Walked gather_next(QueuePair& pair, const Queue& queue, const Progress& at,
+                                                 Outgoing& packet, ChainFault& fault) {
+  const auto buffer = Queue::Chain::single(queue, at.position, /*writable=*/false);
+  if (buffer && gather_whole(pair, buffer->address, buffer->length, packet)) [[likely]] {
+    fault = ChainFault::kNone;
+    return {buffer->id, 1, true};
+  }
+  return gather_chain(pair, queue, at, packet, fault);
+}
+
+// The chain at `at`, whose packet nobody looks at.
+template <class Queue>
+[[gnu::noinline]] Walked pass_over(const QueuePair& pair, const Queue& queue, const Progress& at) {
+  typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
+  return walk_to_end(chain);
 }
 
 // Whether there is something to do about a packet that was gathered.

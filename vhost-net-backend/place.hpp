@@ -150,7 +150,7 @@ enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEnd
 // used up, whatever the result; after kNoBuffers it stands where there were none. `record`: a RedoRecord, or the
 // RedoDestination in it.
 template <class Queue, class Record>
-Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
+[[gnu::noinline]] Placed place_in_chains(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
              const NetHeader& header, const std::byte* packet, std::uint32_t length, Progress& at) {
   const std::uint16_t first_used = record.used_count;
   const Progress begin = at;
@@ -188,7 +188,7 @@ Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename
       return Placed::kEndless;
     }
     const auto& chain = filled.scatter.chain();
-    add_used(record, chain, filled.written);
+    add_used(record, {chain.id(), chain.slots(), true}, filled.written);
     at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
     if (filled.bad()) {
       give_back_empty();
@@ -203,6 +203,40 @@ Placed place(QueuePair& pair, Record& record, const Queue& queue, const typename
     *buffers_field[1] = static_cast<std::byte>(buffers >> 8);
   }
   return Placed::kDone;
+}
+
+// Header and packet into one buffer that lies in one region, which is what mostly happens. False if it is not so, or not
+// good, or there is none: then the general way finds out.
+template <class Queue, class Record>
+[[gnu::always_inline]] inline bool place_whole(const QueuePair& pair, Record& record, const Queue& queue,
+                                               const typename Queue::Supply& supply, const NetHeader& header,
+                                               const std::byte* packet, std::uint32_t length, Progress& at) {
+  if (!supply.has(at.position, at.slots) || record.used_count == std::size(record.used)) return false;
+  const auto buffer = Queue::Chain::single(queue, at.position, /*writable=*/true);
+  const std::uint32_t whole = pair.header_size + length;
+  if (!buffer || buffer->length < whole) return false;
+  const WritableSpan window = pair.memory->authorize_some(buffer->address, whole);
+  if (window.size() < whole) return false;
+  must_hold(pair.memory->is_window_of(window.data(), buffer->address));
+  std::byte* const to = window.data();
+  std::memcpy(to, &header, sizeof header);
+  if (pair.header_size == kLongHeader) {
+    static constexpr std::array<std::byte, sizeof(std::uint16_t)> kOneBuffer{std::byte{1}};  // little endian, see above
+    std::memcpy(to + kBuffersAt, kOneBuffer.data(), sizeof kOneBuffer);
+  }
+  copy_packet(to + pair.header_size, packet, length);
+  add_used(record, {buffer->id, 1, true}, whole);
+  at = {queue.next(at.position, 1), at.slots + 1};
+  return true;
+}
+
+template <class Queue, class Record>
+[[gnu::always_inline]] inline Placed place(QueuePair& pair, Record& record, const Queue& queue,
+                                           const typename Queue::Supply& supply, const NetHeader& header,
+                                           const std::byte* packet, std::uint32_t length, Progress& at) {
+  if (place_whole(pair, record, queue, supply, header, packet, length, at)) [[likely]]
+    return Placed::kDone;
+  return place_in_chains(pair, record, queue, supply, header, packet, length, at);
 }
 
 }  // namespace tandem

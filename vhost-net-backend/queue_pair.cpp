@@ -136,10 +136,12 @@ void apply_transmit(QueuePair& pair, const Queue& queue) {
     port.tx.at(record.producer_before + i) = {record.frames[i].address, record.frames[i].length, 0};
   TANDEM_PROBE(kDestinationWritten);
   look_again();
+  std::uint64_t differs = 0;
   for (std::uint32_t i = 0; i < record.frame_count; ++i) {
     const xdp_desc& entry = port.tx.at(record.producer_before + i);
-    must_hold(entry.addr == record.frames[i].address && entry.len == record.frames[i].length);
+    differs |= (entry.addr ^ record.frames[i].address) | (entry.len ^ record.frames[i].length);
   }
+  must_hold(differs == 0);
   port.tx.publish(record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
   apply_departure(pair, queue);
@@ -156,8 +158,10 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
     port.fill.at(record.producer_before + i) = record.frames[i].address;
   TANDEM_PROBE(kSourceWritten);
   look_again();
+  std::uint64_t differs = 0;
   for (std::uint32_t i = 0; i < record.frame_count; ++i)
-    must_hold(port.fill.at(record.producer_before + i) == record.frames[i].address);
+    differs |= port.fill.at(record.producer_before + i) ^ record.frames[i].address;
+  must_hold(differs == 0);
   port.fill.publish(record.producer_after);
   port.rx.consume(record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
@@ -209,8 +213,10 @@ void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint
 void check_taken(const RedoRecord& record, const XskPort& port, std::uint32_t taken) {
   if (record.frame_count != taken) [[unlikely]]
     return;  // an entry that names no frame of ours was among them
+  std::uint64_t differs = 0;
   for (std::uint32_t i = 0; i < taken; ++i)
-    must_hold(record.frames[i].address == port.frame_start(port.rx.at(record.consumer_before + i).addr));
+    differs |= record.frames[i].address ^ port.frame_start(port.rx.at(record.consumer_before + i).addr);
+  must_hold(differs == 0);
 }
 
 // Before arming, and again before disarming: whether what was staged, and applied, went where it belongs.
@@ -295,11 +301,11 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     }
     const std::uint64_t address = port.transmit_address(frame);
     ChainFault fault = ChainFault::kPoison;
-    typename Queue::Chain chain(*pair.memory, queue, at.position, /*writable=*/false, at.slots);
     Outgoing packet{port.frame(address, port.description().frame_size)};
-    if (!drop) gather(pair, chain, packet, fault);
+    const Walked chain =
+        drop ? pass_over(pair, queue, at) : gather_next(pair, queue, at, packet, fault);
     TANDEM_PROBE_PACKET(packet.bytes, packet.length);
-    endless = !chain.finish();
+    endless = !chain.ended;
     if ((fault != ChainFault::kNone && !drop) || endless) [[unlikely]]
       confirm_bad_transmit(pair, queue, at, frame, packet.large);
     if (endless) break;
@@ -321,7 +327,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
       }
     }
     add_used(record, chain, 0);
-    at = {queue.next(at.position, chain.slots()), at.slots + chain.slots()};
+    at = {queue.next(at.position, chain.slots), at.slots + chain.slots};
     if (fault != ChainFault::kNone) {
       ++record.dropped_after;
       continue;
@@ -482,12 +488,11 @@ class Forward {
     take_in_hand(pair_, PacketPhase::kTransmit, position);
     if (pair_.transmit_suspect.is_condemned(position)) [[unlikely]]
       return nullptr;
-    chain_.emplace(*pair_.memory, queue_, at_.position, /*writable=*/false, at_.slots);
     ChainFault fault = ChainFault::kNone;
     packet_ = {pair_.staging};
-    gather(pair_, *chain_, packet_, fault);
+    chain_ = gather_next(pair_, queue_, at_, packet_, fault);
     TANDEM_PROBE_PACKET(packet_.bytes, packet_.length);
-    if (!chain_->finish() || fault != ChainFault::kNone) return nullptr;
+    if (!chain_.ended || fault != ChainFault::kNone) return nullptr;
     QueuePair* const to = find_neighbour(pair_, packet_.bytes);
     offload_.reset();
     if (to == nullptr || !wants_offload(pair_, packet_)) [[likely]]
@@ -587,8 +592,8 @@ class Forward {
       }
       if (!takes) arrival.overflow = 1;
       count(record, arrival);
-      add_used(record, *chain_, 0);
-      at_ = {queue_.next(at_.position, chain_->slots()), at_.slots + chain_->slots()};
+      add_used(record, chain_, 0);
+      at_ = {queue_.next(at_.position, chain_.slots), at_.slots + chain_.slots};
       if (packet_.large && record.bytes_after - pair_.state->transmit.bytes >= kBurstBytes) break;
     } while (record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to);
     return takes;
@@ -675,7 +680,7 @@ class Forward {
   Progress at_;       ///< in the transmit virtqueue
   Progress to_at_{};  ///< in the receive virtqueue
   std::optional<Lookahead<Queue>> ahead_;
-  std::optional<typename Queue::Chain> chain_;
+  Walked chain_{};
   Outgoing packet_;                 ///< in the staging buffer
   std::optional<Offload> offload_;  ///< what its driver asks for
   std::uint64_t arrivals_ = 0;      ///< packets and segments of this burst that the receiver's counters are to tell of

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
@@ -96,17 +97,19 @@ class SplitQueue {
   /// Giving back: write_used() the elements, publish_used() the index; both need WindowOpen and may be repeated.
   void write_used(std::span<const RedoUsed> used, std::uint16_t before) const {
     for (const RedoUsed& entry : used) {
-      vring_used_elem& element = used_->ring[before++ & mask_];
-      element.id = entry.id;
-      element.len = entry.length;
+      const std::uint64_t element = element_of(entry);
+      std::memcpy(&used_->ring[before++ & mask_], &element, sizeof element);
     }
   }
   /// Whether the elements stand where write_used() puts them; the driver may have overwritten them.
   [[nodiscard]] bool used_stands(std::span<const RedoUsed> used, std::uint16_t before) const {
-    return std::all_of(used.begin(), used.end(), [&](const RedoUsed& entry) {
-      const vring_used_elem& element = used_->ring[before++ & mask_];
-      return element.id == entry.id && element.len == entry.length;
-    });
+    std::uint64_t differs = 0;
+    for (const RedoUsed& entry : used) {
+      std::uint64_t element = 0;
+      std::memcpy(&element, &used_->ring[before++ & mask_], sizeof element);
+      differs |= element ^ element_of(entry);
+    }
+    return differs == 0;
   }
   void publish_used(std::span<const RedoUsed>, std::uint16_t, std::uint16_t after) const {
     // Release: payload and elements first.
@@ -141,6 +144,13 @@ class SplitQueue {
   [[nodiscard]] bool is_whole() const { return fold(*this) == 0; }
 
  private:
+  // struct vring_used_elem, id and length, little-endian as everything here: the record's entry without its slots.
+  static std::uint64_t element_of(const RedoUsed& entry) {
+    static_assert(offsetof(RedoUsed, id) == 0 && offsetof(RedoUsed, slots) == 2 && offsetof(RedoUsed, length) == 4);
+    static_assert(sizeof(RedoUsed) == sizeof(vring_used_elem));
+    return std::bit_cast<std::uint64_t>(entry) & ~std::uint64_t{0xffff0000};
+  }
+
   static std::uint16_t load(const __virtio16* field, std::memory_order order) {
     // atomic_ref wants a non-const object; the view is read-only memory and the load does not write.
     return std::atomic_ref<std::uint16_t>(*const_cast<std::uint16_t*>(field)).load(order);

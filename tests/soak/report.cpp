@@ -147,6 +147,7 @@ void SoakReport::print() const {
   for (const auto& [cause, reason] : skipped_) std::printf("%-22s skipped: %s\n", cause.c_str(), reason.c_str());
   print_row("total", all_, totals_.count);
   for (const std::string& text : totals_.stalls) std::printf("stalled: %s\n", text.c_str());
+  for (const std::string& text : totals_.overflows) std::printf("overflow: %s\n", text.c_str());
   for (const std::string& text : unexpected_) std::printf("unexpected: %s\n", text.c_str());
   const json total = to_json()["total"];
   std::printf(

@@ -49,6 +49,7 @@ class SoakReport {
     std::uint64_t overflow = 0;           ///< frames that found a ring or queue on the way full, and never entered
     std::uint64_t sent_to_bridge = 0;     ///< frames that guests sent through their uplinks
     std::uint64_t unasked_failovers = 0;  ///< incidents without a kill: hang verdicts on an owner nobody had touched
+    std::vector<std::string> overflows;   ///< where, in words
     std::vector<std::string> stalls;      ///< in words
     double seconds = 0, kill_seconds = 0;
     bool complete = false;

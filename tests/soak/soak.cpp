@@ -209,10 +209,11 @@ Kill Soak::kill_once(const Cause& cause) {
 }
 
 // What the kernel's queues between outside and rings could not hold, and the rings themselves.
-std::uint64_t Soak::overflow() const {
-  std::uint64_t sum = 0;
+std::map<std::string, std::uint64_t> Soak::overflow() const {
+  std::map<std::string, std::uint64_t> found;
   for (const std::string& mac : macs_)
-    if (const json nic = host_.nic(mac); nic.is_object()) sum += nic.value("overflow", std::uint64_t{0});
+    if (const json nic = host_.nic(mac); nic.is_object())
+      found["NIC " + mac] = nic.value("overflow", std::uint64_t{0});
   // Columns of /proc/net/dev (proc(5)): name, then received bytes, packets, errs, drop; drops of transmission are the
   // twelfth number.
   std::ifstream devices("/proc/net/dev");
@@ -222,9 +223,10 @@ std::uint64_t Soak::overflow() const {
     std::istringstream columns(line.substr(colon + 1));
     std::uint64_t value = 0;
     for (int column = 1; columns >> value; ++column)
-      if (column == 4 || column == 12) sum += value;
+      if (column == 4 || column == 12)
+        found[line.substr(0, colon) + (column == 4 ? ", received" : ", sent")] = value;
   }
-  return sum;
+  return found;
 }
 
 // Frames that went out through the NICs' uplinks.
@@ -246,7 +248,7 @@ void Soak::run(SoakReport& report) {
   REQUIRE(host_.wait_paired());
   const auto begun = Clock::now();
   SoakReport::Totals totals;
-  const std::uint64_t overflow_before = overflow();
+  const std::map<std::string, std::uint64_t> overflow_before = overflow();
   auto said = Clock::now();
   unsigned done = 0;
   for (const Cause& cause : cards) {
@@ -265,7 +267,12 @@ void Soak::run(SoakReport& report) {
     }
   }
   totals.kill_seconds = seconds_since(begun);
-  totals.overflow = overflow() - overflow_before;
+  for (const auto& [place, frames] : overflow()) {
+    const auto before = overflow_before.find(place);
+    const std::uint64_t more = frames - (before == overflow_before.end() ? 0 : before->second);
+    totals.overflow += more;
+    if (more != 0) totals.overflows.push_back(place + ": " + std::to_string(more));
+  }
   totals.count = load_->stop();
   totals.seconds = seconds_since(begun);
   totals.unasked_failovers = unasked_;

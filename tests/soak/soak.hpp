@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -45,7 +46,8 @@ class Soak {
   std::string strike(const Cause& cause, pid_t victim);
   json next_incident();
   std::vector<json> incidents_of(pid_t victim);
-  std::uint64_t overflow() const;
+  /// By place.
+  std::map<std::string, std::uint64_t> overflow() const;
   std::uint64_t sent_to_bridge() const;
   bool packed(unsigned device) const;
 
