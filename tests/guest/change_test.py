@@ -47,8 +47,8 @@ TRIES = 4  # of a change whose kill came after it
 class Change(Stage):
     console = None
     victims = ()  # pids of all active backends that were killed
-    ended_before = ()  # pids of those that a busy host had ended, as hung, before they could be killed
     inside = 0  # of these, killed while the change was going on
+    ended_before = ()  # pids of those that a busy host had ended, as hung, before they could be killed
 
     def nic(self, shape=MAIN):
         """Its status; None while it is not served."""
