@@ -61,12 +61,12 @@ Load::Load(std::vector<LoadGuest*> guests, const std::vector<std::string>& macs,
   flow_of_id_.assign(guests_.size() * kFlowsOfGuest, kNoFlow);
   for (std::size_t i = 0; i < flows_.size(); ++i) flow_of_id_[flows_[i].frames.flow()] = i;
   // Nothing waits for a guest's buffers but what came from the outside, so all flows towards one guest must fit into
-  // one of its rings. One frame in five may take two of its buffers.
+  // one of its rings, even if each frame takes two of its buffers.
   std::size_t most_towards = 1;
   for (std::size_t i = 0; i < guests_.size(); ++i)
     most_towards = std::max<std::size_t>(
         most_towards, std::count_if(flows_.begin(), flows_.end(), [i](const Flow& flow) { return flow.to == i; }));
-  const std::uint64_t fits = options_.between_guests ? LoadGuest::kSlots * 4 / 5 / most_towards : options_.credit;
+  const std::uint64_t fits = options_.between_guests ? LoadGuest::kSlots / 2 / most_towards : options_.credit;
   credit_ = std::max<std::uint64_t>(1, std::min(options_.credit / flows_.size(), fits));
 }
 
