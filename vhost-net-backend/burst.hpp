@@ -82,8 +82,8 @@ Walked walk_to_end(Chain& chain) {
 // afterwards, which would wait for several smaller stores.
 template <class Record>
 void add_used(Record& record, const Walked& chain, std::uint32_t length) {
-  record.used[record.used_count++] = std::bit_cast<RedoUsed>(
-      std::uint64_t{chain.id} | std::uint64_t{chain.slots} << 16 | std::uint64_t{length} << 32);
+  record.used[record.used_count++] =
+      std::bit_cast<RedoUsed>(std::uint64_t{chain.id} | std::uint64_t{chain.slots} << 16 | std::uint64_t{length} << 32);
 }
 
 }  // namespace tandem

@@ -131,6 +131,7 @@ void gather(QueuePair& pair, Chain& chain, Outgoing& packet, ChainFault& fault) 
   if (fault == ChainFault::kNone) packet.length = filled;
 }
 
+// Whatever the chain at `at` is like: the general way of gather_next().
 template <class Queue>
 [[gnu::noinline]] Walked gather_chain(QueuePair& pair, const Queue& queue, const Progress& at, Outgoing& packet,
                                       ChainFault& fault) {

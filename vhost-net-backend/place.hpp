@@ -146,12 +146,11 @@ void confirm_bad_receive(QueuePair& pair, const Queue& queue, const Progress& at
 
 enum class Placed { kDone, kNoBuffers, kNoRecordRoom, kBadChain, kTooLarge, kEndless };
 
-// Places one packet into receive buffers from `at` on, and adds used elements to the record. Moves `at` past what was
-// used up, whatever the result; after kNoBuffers it stands where there were none. `record`: a RedoRecord, or the
-// RedoDestination in it.
+// Into as many chains as the packet takes: the general way of place().
 template <class Queue, class Record>
-[[gnu::noinline]] Placed place_in_chains(QueuePair& pair, Record& record, const Queue& queue, const typename Queue::Supply& supply,
-             const NetHeader& header, const std::byte* packet, std::uint32_t length, Progress& at) {
+[[gnu::noinline]] Placed place_in_chains(QueuePair& pair, Record& record, const Queue& queue,
+                                         const typename Queue::Supply& supply, const NetHeader& header,
+                                         const std::byte* packet, std::uint32_t length, Progress& at) {
   const std::uint16_t first_used = record.used_count;
   const Progress begin = at;
   // The packet is given up, and what it had taken goes back empty: partly written, and the ring's order must be kept.
@@ -205,8 +204,8 @@ template <class Queue, class Record>
   return Placed::kDone;
 }
 
-// Header and packet into one buffer that lies in one region, which is what mostly happens. False if it is not so, or not
-// good, or there is none: then the general way finds out.
+// Header and packet into one buffer that lies in one region, which is what mostly happens. False if it is not so, or
+// not good, or there is none: then the general way finds out.
 template <class Queue, class Record>
 [[gnu::always_inline]] inline bool place_whole(const QueuePair& pair, Record& record, const Queue& queue,
                                                const typename Queue::Supply& supply, const NetHeader& header,
@@ -230,6 +229,9 @@ template <class Queue, class Record>
   return true;
 }
 
+// Places one packet into receive buffers from `at` on, and adds used elements to the record. Moves `at` past what was
+// used up, whatever the result; after kNoBuffers it stands where there were none. `record`: a RedoRecord, or the
+// RedoDestination in it.
 template <class Queue, class Record>
 [[gnu::always_inline]] inline Placed place(QueuePair& pair, Record& record, const Queue& queue,
                                            const typename Queue::Supply& supply, const NetHeader& header,

@@ -302,8 +302,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     const std::uint64_t address = port.transmit_address(frame);
     ChainFault fault = ChainFault::kPoison;
     Outgoing packet{port.frame(address, port.description().frame_size)};
-    const Walked chain =
-        drop ? pass_over(pair, queue, at) : gather_next(pair, queue, at, packet, fault);
+    const Walked chain = drop ? pass_over(pair, queue, at) : gather_next(pair, queue, at, packet, fault);
     TANDEM_PROBE_PACKET(packet.bytes, packet.length);
     endless = !chain.ended;
     if ((fault != ChainFault::kNone && !drop) || endless) [[unlikely]]

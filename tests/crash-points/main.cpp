@@ -71,12 +71,13 @@ void print(const char* name, const RowResult& result) {
   const Verdict& verdict = result.verdict;
   std::printf("%-78s %9llu %7llu %10llu %7llu  %s\n", name, static_cast<unsigned long long>(result.points),
               static_cast<unsigned long long>(result.distinct), static_cast<unsigned long long>(result.nested_points),
-              static_cast<unsigned long long>(result.nested_distinct), verdict.clean() && result.unforeseen == 0 ? "ok" : "FAILED");
+              static_cast<unsigned long long>(result.nested_distinct),
+              verdict.clean() && result.unforeseen == 0 ? "ok" : "FAILED");
   std::fflush(stdout);
 }
 
-// A worker and the process that it steps take turns: on one CPU that is a context switch, on two it is an interrupt to an
-// idle one, for each instruction.
+// A worker and the process that it steps take turns: on one CPU that is a context switch, on two it is an interrupt to
+// an idle one, for each instruction.
 void stay_on_one_cpu(unsigned job) {
   cpu_set_t allowed, one;
   if (::sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
@@ -141,7 +142,8 @@ int main(int argc, char** argv) {
   app.add_flag("--deep", deep, "Second crashes after bursts of 32 too, and in every row: several times as long");
   app.add_flag("--every-instruction", every_instruction,
                "Stop heirs after every instruction, not only after those that can store: ten times as long");
-  app.add_flag("--compare", compare, "Run each row both ways, and fail unless both see the same changes of shared memory");
+  app.add_flag("--compare", compare,
+               "Run each row both ways, and fail unless both see the same changes of shared memory");
   app.add_flag("--must-fail", must_fail, "Succeed only if harm was found: for engines broken on purpose");
   app.add_flag("--list", list, "Name the rows and leave");
   CLI11_PARSE(app, argc, argv);
@@ -193,7 +195,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   if (total.unforeseen != 0) {
-    std::fprintf(stderr, "an instruction changed shared bytes that was thought harmless: states may have been missed\n");
+    std::fprintf(stderr,
+                 "an instruction changed shared bytes that was thought harmless: states may have been missed\n");
     return 2;
   }
   return total.verdict.clean() != must_fail ? 0 : 1;

@@ -125,7 +125,8 @@ std::vector<MatrixRow> matrix() {
         for (const bool mergeable : {false, true})
           for (const bool event_index : {false, true})
             for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
-              // Where the indices stand and whether the driver wants an interrupt do not meet in the code: not each with each.
+              // Where the indices stand and whether the driver wants an interrupt do not meet in the code: not each
+              // with each.
               if (event_index || wrap == Wrap::kIndex) add(true, false, style, mergeable, event_index, wrap, burst);
     for (const std::uint32_t burst : {2u, 32u})
       for (const bool mergeable : {false, true})

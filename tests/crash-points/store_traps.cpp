@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -79,7 +80,8 @@ StoreTraps::StoreTraps(pid_t child)
 }
 
 void StoreTraps::write(std::uint64_t address, std::uint8_t byte) const {
-  if (::pwrite(memory_.get(), &byte, 1, static_cast<off_t>(address)) != 1) give_up("its code cannot be written", address);
+  if (::pwrite(memory_.get(), &byte, 1, static_cast<off_t>(address)) != 1)
+    give_up("its code cannot be written", address);
 }
 
 bool StoreTraps::trapped(std::uint64_t address) const {
@@ -129,8 +131,7 @@ void StoreTraps::explore(std::uint64_t address) {
       case ZYDIS_CATEGORY_CALL:
       case ZYDIS_CATEGORY_UNCOND_BR:
       case ZYDIS_CATEGORY_COND_BR:
-        branches = ZYAN_SUCCESS(
-            ZydisCalcAbsoluteAddress(&decoded.instruction, &decoded.operands[0], address, &target));
+        branches = ZYAN_SUCCESS(ZydisCalcAbsoluteAddress(&decoded.instruction, &decoded.operands[0], address, &target));
         leads = !branches || decoded.operands[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE;
         falls_through = decoded.instruction.meta.category != ZYDIS_CATEGORY_UNCOND_BR;
         break;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lets a stepped child run at full speed between the instructions that can change what it shares.
 //
-// Only an instruction that stores outside its own stack frame, or a system call, can change memory that others see. What
-// the child executes is decoded as it is reached (Zydis), and a breakpoint (int3) stands at each instruction that can
-// store and at each that is not known yet, so that nothing executes unseen: a branch to unknown code traps at its
+// Only an instruction that stores outside its own stack frame, or a system call, can change memory that others see.
+// What the child executes is decoded as it is reached (Zydis), and a breakpoint (int3) stands at each instruction that
+// can store and at each that is not known yet, so that nothing executes unseen: a branch to unknown code traps at its
 // first instruction. Indirect jumps, indirect calls and returns trap too, for where they lead is not in their bytes.
 //
 // "Its own stack frame": an operand whose address is RSP and a displacement. That no such store reaches shared memory,
-// nor any instruction taken for harmless, is not taken on trust: whoever steps every instruction can compare (CrashTrial
-// does, for every owner).
+// nor any instruction taken for harmless, is not taken on trust: whoever steps every instruction can compare
+// (CrashTrial does, for every owner).
 //
 // x86-64. The child is a fork of this process whose code has not changed since, so that its code can be read here.
 #pragma once

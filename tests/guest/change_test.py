@@ -48,7 +48,6 @@ class Change(Stage):
     console = None
     victims = ()  # pids of all active backends that were killed
     inside = 0  # of these, killed while the change was going on
-    ended_before = ()  # pids of those that a busy host had ended, as hung, before they could be killed
 
     def nic(self, shape=MAIN):
         """Its status; None while it is not served."""
@@ -77,10 +76,7 @@ class Change(Stage):
             while not ended.is_set() and not moment(before, self.nic()):
                 time.sleep(0.001)
             come = not ended.is_set()
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                return  # ended before, as hung: a busy host had kept it from the CPU
+            os.kill(victim, signal.SIGKILL)
             inside.append(come and not ended.is_set())
 
         killer = threading.Thread(target=kill)
@@ -92,12 +88,10 @@ class Change(Stage):
             taken = time.monotonic() - begun
             ended.set()
             killer.join()
+        self.victims += (victim,)
         self.tandem.wait_whole(not_pid=victim)
         if not inside:
-            self.ended_before += (victim,)
-            say(f"{what}: backend {victim} was gone before it could be killed")
-            return False
-        self.victims += (victim,)
+            raise host.DemoError(f"{what}: backend {victim} was gone before it could be killed")
         say(f"{what}, killed as it {moment.__name__}: {taken:.2f} s" + ("" if inside[0] else " (the kill came after it)"))
         return inside[0]
 
@@ -109,7 +103,7 @@ class Change(Stage):
             if len(of_it) != 1 or of_it[0]["cause"] != "SIGKILL" or of_it[0]["hang"] is not None or of_it[0]["fallback"]:
                 raise host.DemoError(f"backend {victim} was killed: expected one incident of it, without a hang or a fallback: {of_it}")
         others = [incident for incident in incidents if incident["victim_pid"] not in self.victims]
-        unasked = [incident for incident in others if incident["hang"] is None and incident["victim_pid"] not in self.ended_before]
+        unasked = [incident for incident in others if incident["hang"] is None]
         if unasked:
             raise host.DemoError(f"{len(unasked)} incidents of backends that nobody killed: {unasked}")
         say(f"{len(self.victims)} kills, {self.inside} of them inside a change; {len(self.victims)} incidents, "

@@ -212,8 +212,7 @@ Kill Soak::kill_once(const Cause& cause) {
 std::map<std::string, std::uint64_t> Soak::overflow() const {
   std::map<std::string, std::uint64_t> found;
   for (const std::string& mac : macs_)
-    if (const json nic = host_.nic(mac); nic.is_object())
-      found["NIC " + mac] = nic.value("overflow", std::uint64_t{0});
+    if (const json nic = host_.nic(mac); nic.is_object()) found["NIC " + mac] = nic.value("overflow", std::uint64_t{0});
   // Columns of /proc/net/dev (proc(5)): name, then received bytes, packets, errs, drop; drops of transmission are the
   // twelfth number.
   std::ifstream devices("/proc/net/dev");
@@ -223,8 +222,7 @@ std::map<std::string, std::uint64_t> Soak::overflow() const {
     std::istringstream columns(line.substr(colon + 1));
     std::uint64_t value = 0;
     for (int column = 1; columns >> value; ++column)
-      if (column == 4 || column == 12)
-        found[line.substr(0, colon) + (column == 4 ? ", received" : ", sent")] = value;
+      if (column == 4 || column == 12) found[line.substr(0, colon) + (column == 4 ? ", received" : ", sent")] = value;
   }
   return found;
 }
