@@ -61,6 +61,7 @@ def _count(world, report, quick, only):
         for length in (64,) if quick else (64, 512, 1518):
             if not wanted(only, direction=direction, bytes=length):
                 continue
+            report.progress(f"instructions, {direction}, {length} bytes")
             found = {system: [_instructions(world, world.program(name), direction, length, bursts) for _ in range(2)]
                      for system, name in COUNTED.items()}
             for system, values in found.items():
@@ -78,8 +79,9 @@ def run(world, report, quick, only=None):
                 if not wanted(only, unit="Mpps/core", direction=mode, bytes=length):
                     continue
                 samples = {system: [] for system in PROGRAMS}
-                for _ in range(rounds):
+                for number in range(rounds):
                     for system, found in samples.items():
+                        report.progress(f"{mode}, {length} bytes, {system}, round {number + 1} of {rounds}")
                         found.append(_rate(world, system, mode, uplink, length, counter, seconds) / 1e6)
                 middle = {system: sorted(found)[len(found) // 2] for system, found in samples.items()}
                 for system, found in samples.items():

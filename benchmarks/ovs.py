@@ -18,12 +18,13 @@ _PACKAGE = "openvswitch-switch-dpdk"
 class Switch:
     """A bridge with one port per name, all of which it floods broadcasts to. On the backend's core.
 
-    With `null`, DPDK's arguments of a net_null device, that is one more port, and all goes between it and the only other one.
+    With `null`, DPDK's arguments of a net_null device, that is one more port, and all goes between it and the only other one. With
+    `crossed`, all goes between the two ports.
     """
 
     _number = 0
 
-    def __init__(self, world, ports, null=None):
+    def __init__(self, world, ports, null=None, crossed=False):
         if not os.access(_DAEMON, os.X_OK):
             raise CannotRun(f"{_DAEMON} is not installed (Debian package {_PACKAGE}; benchmarks/install-peers)")
         Switch._number += 1
@@ -56,9 +57,10 @@ class Switch:
                                     f"--unixctl={self.directory}/vswitchd.ctl", f"--log-file={self.directory}/vswitchd.log",
                                     "--monitor", "--no-chdir"), f"ovs{Switch._number}.log", env=self._environment)
         wait_for(self.pid, 30, "ovs-vswitchd to start", 0.02)
-        if null is not None:
+        if null is not None or crossed:
+            one, other = (ports[0], "null") if null is not None else ports
             wait_for(lambda: os.path.exists(f"{self.directory}/br-peer.mgmt"), 30, "ovs-vswitchd to make its bridge", 0.02)
-            for here, there in ((ports[0], "null"), ("null", ports[0])):
+            for here, there in ((one, other), (other, one)):
                 self._run("ovs-ofctl", "add-flow", f"unix:{self.directory}/br-peer.mgmt", f"in_port={here},actions=output:{there}")
 
     def _run(self, name, *words):
@@ -70,6 +72,12 @@ class Switch:
 
     def _control(self, *words):
         return self._run("ovs-vsctl", f"--db={self._remote}", "--no-wait", *words)
+
+    def give_address(self, address):
+        """To the bridge's own port, a device of the kernel's through which the host reaches the others."""
+        for words in (("address", "add", address, "dev", "br-peer"), ("link", "set", "br-peer", "up")):
+            wait_for(lambda words=words: subprocess.run(("ip", *words), capture_output=True, check=False).returncode == 0, 30,
+                     f"ip {' '.join(words)}", 0.1)
 
     def socket(self, port):
         return f"{self.directory}/{port}.sock"

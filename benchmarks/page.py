@@ -6,7 +6,7 @@ import os
 
 import results
 
-_COLOURS = {"tandem": "#1b6ca8", "testpmd": "#d1862f", "ovs-dpdk": "#7a7a7a", "unprotected": "#58a55c"}
+_COLOURS = {"tandem": "#1b6ca8", "testpmd": "#d1862f", "ovs-dpdk": "#7a7a7a", "tap": "#a0529c", "unprotected": "#58a55c"}
 _STYLE = """
 body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px } td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
@@ -18,9 +18,9 @@ def _colour(system):
     return _COLOURS.get(system, "#444444")
 
 
-def _label(row, but=()):
+def _label(row):
     plain = (str(value) for key, value in row.items()
-             if key in ("direction", "bytes", "ring", "cause", "polling", "frames_s", "variant") and key not in but)
+             if key in ("direction", "bytes", "ring", "cause", "heir", "guest", "polling", "frames_s"))
     words = " ".join(plain)
     return words + (" mergeable" if row.get("mergeable") else "")
 
@@ -74,9 +74,11 @@ _PLOTS = {
     "failover": [("failover-cdf.svg", _distributions, lambda row: True)],
     "overhead": [("overhead.svg", _bars, lambda row: row["unit"] != "instructions/packet"),
                  ("overhead-instructions.svg", _bars, lambda row: row["unit"] == "instructions/packet")],
-    "latency": [("latency.svg", _bars, lambda row: True)],
+    "latency": [("latency-backend.svg", _bars, lambda row: row["guest"] == "prober"),
+                ("latency-guest.svg", _bars, lambda row: row["guest"] != "prober")],
     "scale": [("scale.svg", _scale, lambda row: True)],
     "uplink": [("uplink.svg", _bars, lambda row: True)],
+    "guest_to_guest": [("guest-to-guest.svg", _bars, lambda row: True)],
 }
 
 

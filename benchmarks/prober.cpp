@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "benchmarks/front_end.hpp"
+#include "common/thread_priority.hpp"
 
 namespace {
 
@@ -34,6 +35,7 @@ struct Options {
   std::uint32_t queue_pairs = 1, senders = ~0u, queue_size = 1024, length = 64;
   double rate = 100'000;
   double gap_us = 50;
+  double nap_us = 0;
   std::string output;
   bool listen = false;
 };
@@ -94,6 +96,7 @@ class Prober {
   void receive(std::uint64_t began);
   void arrived(const std::vector<std::byte>& frame, std::uint64_t now);
   void keep_connections(std::uint64_t now);
+  void nap() const;
   [[nodiscard]] bool all_came() const {
     return std::all_of(flows_.begin(), flows_.end(), [](const Flow& flow) { return flow.came == flow.sent; });
   }
@@ -224,6 +227,11 @@ void Prober::keep_connections(std::uint64_t now) {
   }
 }
 
+void Prober::nap() const {
+  const timespec pause{0, static_cast<long>(options_.nap_us * 1000)};
+  ::clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, nullptr);
+}
+
 void Prober::run() {
   begun_ns_ = now_ns();
   due_ns_ = static_cast<double>(begun_ns_);
@@ -232,6 +240,7 @@ void Prober::run() {
     receive(now);
     keep_connections(now);
     send_due(now);
+    if (options_.nap_us > 0) nap();
   }
   // What is on its way still counts, as long as something comes.
   ended_ns_ = now_ns();
@@ -270,6 +279,9 @@ int main(int argc, char** argv) {
   app.add_option("--length", options.length, "bytes of a frame")->check(CLI::Range(60u, 1522u));
   app.add_option("--rate", options.rate, "frames a second, all flows together")->check(CLI::Range(1.0, 1e7));
   app.add_option("--gap-us", options.gap_us, "shorter gaps are not reported");
+  app.add_option("--nap-us", options.nap_us,
+                 "sleep between two looks, at real-time priority, instead of looking all the time")
+      ->check(CLI::Range(0.0, 500'000.0));
   app.add_flag("--listen", options.listen, "listen on the sockets; the back end connects");
   app.add_option("--output", options.output, "file for the result; standard output without");
   CLI11_PARSE(app, argc, argv);
@@ -277,6 +289,12 @@ int main(int argc, char** argv) {
   action.sa_handler = [](int) { stop_asked = 1; };
   ::sigaction(SIGTERM, &action, nullptr);
   ::sigaction(SIGINT, &action, nullptr);
+  // Whoever polls beside us gives its CPU up in the moment we wake.
+  if (options.nap_us > 0)
+    if (auto set = make_real_time(0); !set) {
+      std::fprintf(stderr, "tandem-prober: %s\n", set.error().text.c_str());
+      return 1;
+    }
   Prober prober(options);
   if (auto started = prober.start(); !started) {
     std::fprintf(stderr, "tandem-prober: %s\n", started.error().text.c_str());

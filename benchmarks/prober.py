@@ -10,7 +10,7 @@ from world import GUEST_CORE, NICE, Failed, wait_for
 class Prober:
     _number = 0
 
-    def __init__(self, world, sockets, rate, queue_pairs=1, gap_us=25, senders=None, length=64, listen=False, limit=60):
+    def __init__(self, world, sockets, rate, queue_pairs=1, gap_us=25, senders=None, length=64, listen=False, limit=60, nap_us=None):
         Prober._number += 1
         self._world = world
         self._output = world.path(f"prober{Prober._number}.json")
@@ -21,6 +21,8 @@ class Prober:
             words += ["--socket", path]
         if senders is not None:
             words += ["--senders", str(senders)]
+        if nap_us is not None:
+            words += ["--nap-us", str(nap_us)]
         if listen:
             words += ["--listen"]
         self._limit = limit

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 
 from world import Failed
@@ -56,6 +57,10 @@ class Report:
 
     def row(self, dimensions, system, unit, samples, **more):
         self.data["rows"].append({**dimensions, "system": system, "unit": unit, **summarize(samples), **more})
+
+    def progress(self, text):
+        """What is being measured now, on standard error: a benchmark takes minutes, and its table comes at the end."""
+        print(f"{self.data['benchmark']}: {text}", file=sys.stderr, flush=True)
 
     def skip(self, what, why):
         """A measurement that could not be made: said, never silently missing."""

@@ -93,6 +93,7 @@ def run(world, report, quick, only=None):
     for nics, queue_pairs in QUICK_STEPS if quick else STEPS:
         if not wanted(only, nics=nics, queue_pairs=nics * queue_pairs):
             continue
+        report.progress(f"{nics} NICs of {queue_pairs} queue pairs")
         found, memory, cpu, provided, account = _step(world, nics, queue_pairs, kills, rate)
         base = base or (nics, memory)
         more = {}

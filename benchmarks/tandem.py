@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 
-from world import BACKEND_CORE, Failed, wait_for
+from world import BACKEND_CORE, GUEST_CORE, Failed, wait_for
 
 MAC = "52:54:00:12:34:56"
 PACKED = 34  # VIRTIO_F_RING_PACKED
@@ -24,6 +24,7 @@ socket_group = ""
 [pair]
 shards = 1
 polling = "{polling}"
+heirs = "{heirs}"
 hugepages = "never"
 """
 
@@ -44,15 +45,17 @@ class Tandem:
 
     _number = 0
 
-    def __init__(self, world, polling="always", backend=None, watchdog=""):
+    def __init__(self, world, polling="always", backend=None, watchdog="", heirs="real-time"):
         Tandem._number += 1
         self.world = world
         self.watchdog = watchdog
+        # An heir that polls and an owner that works cannot share a core.
+        self._cores = {"active": BACKEND_CORE, "standby": GUEST_CORE if heirs == "polling" else BACKEND_CORE}
         self.run_dir = world.path(f"tandem{Tandem._number}")
         os.makedirs(self.run_dir)
         config = self.run_dir + ".toml"
         with open(config, "w", encoding="utf-8") as file:
-            file.write(_CONFIG.format(pid=os.getpid(), number=Tandem._number, run_dir=self.run_dir, polling=polling,
+            file.write(_CONFIG.format(pid=os.getpid(), number=Tandem._number, run_dir=self.run_dir, polling=polling, heirs=heirs,
                                       backend=backend or world.program("tandem-backend")))
         self.log = f"tandem{Tandem._number}.log"
         self._vault = world.start((world.program("tandem-vault"), "--socket", f"{self.run_dir}/vault.sock", "--user", "daemon",
@@ -107,7 +110,7 @@ class Tandem:
         return self.ask({"command": "incidents"})["incidents"]
 
     def wait_whole(self, not_pid=None):
-        """The pair with an owner (another one than `not_pid`) and a standby; both owner and heir get the backend's core."""
+        """The pair with an owner (another one than `not_pid`) and a standby, each on its core."""
 
         def whole():
             pair = self.pair()
@@ -115,8 +118,8 @@ class Tandem:
             return pair if good else None
 
         pair = wait_for(whole, 60, f"a pair with owner and standby{self._log_hint()}", 0.02)
-        for member in ("active", "standby"):
-            os.sched_setaffinity(pair[member]["tid"], {BACKEND_CORE})
+        for member, core in self._cores.items():
+            os.sched_setaffinity(pair[member]["tid"], {core})
         return pair
 
     def close(self):

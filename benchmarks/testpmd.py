@@ -108,6 +108,23 @@ def guest(world, socket, mode, length=64, mergeable=True, packed=False, queue_si
     return found
 
 
+def two_guests(world, sockets, macs, length, bursts, listen=False, queue_size=1024):
+    """Two guests as two ports of one testpmd, each the other's peer. What comes in at one goes out at the other, addressed to the
+    first; they begin with `bursts` of 32 packets each way.
+    """
+    vdevs = [f"net_virtio_user{number},path={path},queues=1,queue_size={queue_size},mac={mac},mrg_rxbuf=1,server={int(listen)}"
+             for number, (path, mac) in enumerate(zip(sockets, macs))]
+    peers = [f"--eth-peer={number},{mac}" for number, mac in enumerate(reversed(macs))]
+    found = Testpmd(world, GUEST_CORE, vdevs, ["--forward-mode=mac", f"--rxd={queue_size}", f"--txd={queue_size}",
+                                               f"--txpkts={length}", *peers])
+    if listen:
+        for port in range(2):
+            wait_for(lambda port=port: "Link status: up" in found.command(f"show port info {port}"), 30,
+                     "the backend to connect to a guest", 0.1)
+    found.command(f"start tx_first {bursts}")
+    return found
+
+
 def vhost(world, socket, others, mode="io"):
     """The peer's backend on its core: net_vhost and whatever else, forwarding in pairs of ports."""
     found = Testpmd(world, BACKEND_CORE, [f"net_vhost0,iface={socket},queues=1", *others], [f"--forward-mode={mode}"])

@@ -109,8 +109,9 @@ def run(world, report, quick, only=None):
             continue
         words = (case["direction"], case["bytes"], case["mergeable"], case["ring"] == "packed", seconds)
         samples = {system: [] for system in SYSTEMS if wanted(only, system=system) and system not in missing}
-        for _ in range(rounds):
+        for number in range(rounds):
             for system in [system for system in samples if system not in missing]:
+                report.progress(f"{case}, {system}, round {number + 1} of {rounds}")
                 try:
                     samples[system].append(SYSTEMS[system](world, *words) / 1e6)
                 except CannotRun as error:

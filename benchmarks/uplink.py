@@ -5,21 +5,14 @@ Frames are counted where they arrive, at the other end of the veth, whose kernel
 the other direction would need a third CPU.
 """
 import os
-import subprocess
 import time
 
 import tandem
 import testpmd
 from results import wanted
-from world import CannotRun
+from world import CannotRun, ip
 
 OURS, THEIRS = "up0", "up1"
-
-
-def _ip(*words):
-    done = subprocess.run(("ip", *words), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CannotRun(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
 def _arrived():
@@ -65,19 +58,20 @@ def run(world, report, quick, only=None):
         if not wanted(only, bytes=length):
             continue
         samples = {"tandem": [], "testpmd": []}
-        for _ in range(rounds):
+        for number in range(rounds):
             for system, measure in (("tandem", _tandem), ("testpmd", _testpmd)):
-                _ip("link", "add", OURS, "type", "veth", "peer", "name", THEIRS)
+                report.progress(f"{length} bytes, {system}, round {number + 1} of {rounds}")
+                ip("link", "add", OURS, "type", "veth", "peer", "name", THEIRS)
                 try:
                     for end in (OURS, THEIRS):
                         with open(f"/proc/sys/net/ipv6/conf/{end}/disable_ipv6", "w", encoding="ascii") as file:
                             file.write("1")
-                        _ip("link", "set", end, "up")
+                        ip("link", "set", end, "up")
                     samples[system].append(measure(world, length, seconds) / 1e6)
                 except CannotRun as error:
                     report.could_not(f"{system}, {length} B", error)
                 finally:
-                    _ip("link", "del", OURS)
+                    ip("link", "del", OURS)
         for system, found in samples.items():
             report.row({"direction": "txonly", "bytes": length}, system, "Mpps", found)
     report.skip("receiving through AF_XDP", "a generator needs a third CPU")

@@ -48,6 +48,12 @@ def wait_for(event, limit, what, period=0.002):
         time.sleep(period)
 
 
+def ip(*words):
+    done = subprocess.run(("ip", *words), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CannotRun(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+
 def _number(path):
     with open(path, encoding="ascii") as file:
         return int(file.read())

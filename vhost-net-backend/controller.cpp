@@ -112,8 +112,8 @@ Status Controller::greet(std::uint64_t tsc_hz) {
     if (!ring) return within("open the fence's wake ring", std::move(ring.error()));
     DeadManSwitch timer{std::move(message->fds[2 + welcome.shard_count + i])};
     UniqueFd bell = std::move(message->fds[2 + 2 * welcome.shard_count + i]);
-    auto shard = Shard::make({i, welcome.shard_count, segment_, &fence_, welcome.polling, tsc_hz}, std::move(*ring),
-                             std::move(timer), std::move(bell));
+    auto shard = Shard::make({i, welcome.shard_count, segment_, &fence_, welcome.polling, welcome.heirs, tsc_hz},
+                             std::move(*ring), std::move(timer), std::move(bell));
     if (!shard) return tl::make_unexpected(std::move(shard.error()));
     shards_.push_back(std::move(*shard));
   }

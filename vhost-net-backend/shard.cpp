@@ -341,11 +341,33 @@ void Shard::wait_as_heir() {
       if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
     }
     epoll_event woken[4];
-    if (::epoll_wait(epoll.get(), woken, 4, period) < 0) continue;
+    const int count = config_.heirs == HeirWait::kPolling ? poll_as_heir(epoll.get(), woken, period, word)
+                                                          : ::epoll_wait(epoll.get(), woken, 4, period);
+    if (count < 0) continue;
     ring_.drain();
     switch_expired_ = switch_.drain();
-    std::uint64_t count = 0;
-    [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
+    std::uint64_t posted = 0;
+    [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &posted, sizeof posted);
+  }
+}
+
+// Does what epoll_wait(2) does, without a sleep, and returns as soon as `word`'s owner has died, or the word is another
+// one. The slot is a page of the kernel's that changes only then, so looking at it slows nobody down; what comes as a
+// file is looked at less often.
+int Shard::poll_as_heir(int epoll, std::span<epoll_event> woken, int period_ms, std::uint64_t word) const {
+  constexpr int kLooks = 64;  // some microseconds
+  const auto period = static_cast<std::uint64_t>(period_ms) * (config_.tsc_hz / 1000);
+  const std::uint64_t begun = rte_rdtsc();
+  // Else we may not own yet, or have seen that it is dead and wait for something besides.
+  const bool watches = tag_ != 0 && period_ms == kHeirPeriodMs;
+  for (;;) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (watches && config_.fence->dead(owner_tag(word))) return 0;
+      rte_pause();
+    }
+    const int count = ::epoll_wait(epoll, woken.data(), static_cast<int>(woken.size()), 0);
+    if (count != 0 || rte_rdtsc() - begun >= period) return count;
+    if (config_.segment->shards[config_.index].owner.load(std::memory_order_relaxed) != word) return 0;
   }
 }
 

@@ -9,11 +9,14 @@
 // mailbox; what the poll thread has to say comes back through take_events() after event_fd() became readable.
 #pragma once
 
+#include <sys/epoll.h>
+
 #include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -97,6 +100,7 @@ struct ShardConfig {
   Segment* segment = nullptr;  ///< mapped by the caller for the shard's whole life
   const FenceView* fence = nullptr;
   Polling polling = Polling::kAdaptive;
+  HeirWait heirs = HeirWait::kSleeping;
   std::uint64_t tsc_hz = 0;  ///< cycles of heartbeat_tsc in a second
 };
 
@@ -157,6 +161,7 @@ class Shard {
 
   // shard.cpp: the two loops
   void wait_as_heir();
+  int poll_as_heir(int epoll, std::span<epoll_event> woken, int period_ms, std::uint64_t word) const;
   void watch_owner();
   bool holds_all_in_force();
   bool holds_what_is_in_force();

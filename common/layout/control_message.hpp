@@ -14,7 +14,7 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 3;
+inline constexpr std::uint16_t kControlVersion = 4;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend
@@ -50,10 +50,14 @@ struct ControlHeader {
 };
 
 enum class Polling : std::uint32_t { kAdaptive = 0, kAlways = 1 };
+/// How an heir waits: asleep until the fence wakes it, or looking at its owner's slot all the time.
+enum class HeirWait : std::uint32_t { kSleeping = 0, kPolling = 1 };
 
 struct WelcomeBody {
   std::uint32_t shard_count = 1;
   Polling polling = Polling::kAdaptive;
+  HeirWait heirs = HeirWait::kSleeping;
+  std::uint32_t reserved = 0;
 };
 
 struct AttachBody {
@@ -138,7 +142,7 @@ struct PoisonBody {
 };
 
 static_assert(sizeof(PoisonBody) == 32);
-static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 8 && sizeof(AttachBody) == 24);
+static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 16 && sizeof(AttachBody) == 24);
 static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 8 &&
               sizeof(RefusalBody) == 128 && sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);

@@ -10,8 +10,12 @@
 
 namespace tandem {
 
-/// Scheduling of poll threads while they are heirs.
-enum class HeirPriority { kOrdinary, kRealTime };
+/// How a standby's poll threads wait to take over (common/thread_priority.hpp).
+enum class Heirs {
+  kOrdinary,  ///< asleep, scheduled as others are
+  kRealTime,  ///< asleep, and given a busy CPU in the moment they are woken
+  kPolling,   ///< never asleep; scheduled as others are
+};
 enum class Hugepages { kAuto, kAlways, kNever };
 
 struct Config {
@@ -27,8 +31,8 @@ struct Config {
   std::uint32_t shards = 1;  ///< poll threads per backend
   Polling polling = Polling::kAdaptive;
   Hugepages hugepages = Hugepages::kAuto;
-  std::int32_t nice = -10;                       ///< of poll threads, -20 to 19
-  HeirPriority heirs = HeirPriority::kRealTime;  ///< of threads that wait to take over (common/thread_priority.hpp)
+  std::int32_t nice = -10;  ///< of poll threads, -20 to 19
+  Heirs heirs = Heirs::kRealTime;
 
   std::uint32_t parking_kills =
       5;  ///< backends that a NIC may kill within the window before it is parked; 0: any number

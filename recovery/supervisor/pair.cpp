@@ -389,7 +389,9 @@ Status Pair::welcome(Member& member) {
   }
   for (const UniqueFd& timer : timers_) fds.push_back(timer.get());
   for (const UniqueFd& bell : bells_) fds.push_back(bell.get());
-  return member.send(ControlType::kWelcome, WelcomeBody{config_.shards, config_.polling}, fds);
+  const WelcomeBody welcome{config_.shards, config_.polling,
+                            config_.heirs == Heirs::kPolling ? HeirWait::kPolling : HeirWait::kSleeping};
+  return member.send(ControlType::kWelcome, welcome, fds);
 }
 
 void Pair::on_channel(pid_t pid) {
@@ -539,7 +541,7 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
 // Only a thread whose watch is confirmed. An owner has given it up and is left alone; it costs a little time, no more,
 // to wake an heir without.
 void Pair::give_heir_priority(const Member& member, std::uint32_t shard) {
-  if (config_.heirs != HeirPriority::kRealTime || member.stage == Member::Stage::kOwner) return;
+  if (config_.heirs != Heirs::kRealTime || member.stage == Member::Stage::kOwner) return;
   if (auto set = make_real_time(member.threads[shard]); !set && !std::exchange(real_time_refused_, true))
     spdlog::warn("pair {}: {}; a busy host may delay its failovers", name_, set.error().text);
 }

@@ -60,11 +60,8 @@ void check_incident(const json& incident, const std::string& cause, pid_t victim
   }
 }
 
-}  // namespace
-
-TEST_CASE("SIGKILL at random moments under traffic both ways") {
-  SKIP_UNLESS_PAIR();
-  PairHost host;
+void kill_at_random_moments(unsigned kills, const PairHostOptions& options) {
+  PairHost host(options);
   host.start();
   require_domain(host, "one", {{}});
   {
@@ -73,8 +70,7 @@ TEST_CASE("SIGKILL at random moments under traffic both ways") {
     const auto seed = std::random_device{}();
     CAPTURE(seed);
     std::mt19937 random(seed);
-    constexpr int kKills = 12;
-    for (int kill = 0; kill < kKills; ++kill) {
+    for (unsigned kill = 0; kill < kills; ++kill) {
       REQUIRE(traffic.pump_frames(std::uniform_int_distribution<std::uint64_t>(1, 400)(random)));
       const pid_t victim = host.active(), heir = host.standby();
       REQUIRE(victim > 0);
@@ -88,11 +84,23 @@ TEST_CASE("SIGKILL at random moments under traffic both ways") {
     const TrafficResult result = traffic.finish();
     CAPTURE(result);
     CHECK(result.clean());
-    CHECK(host.incidents().size() == kKills);
+    CHECK(host.incidents().size() == kills);
     CHECK(host.nic(kMac)["overflow"] == 0);
     CHECK(host.processes("tandem-backend").size() == 2);
   }
   require_clean_end(host, {"one"});
+}
+
+}  // namespace
+
+TEST_CASE("SIGKILL at random moments under traffic both ways") {
+  SKIP_UNLESS_PAIR();
+  kill_at_random_moments(12, {});
+}
+
+TEST_CASE("SIGKILL at random moments, with heirs that poll") {
+  SKIP_UNLESS_PAIR();
+  kill_at_random_moments(8, {.heirs = "polling"});
 }
 
 TEST_CASE("drills: faults of the backend's own under traffic") {

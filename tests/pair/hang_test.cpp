@@ -93,9 +93,10 @@ class Cgroup {
 
 }  // namespace
 
-TEST_CASE("hangs of the active backend's own making are found by its standby") {
-  SKIP_UNLESS_PAIR();
-  PairHost host;
+namespace {
+
+void find_drilled_hangs(const PairHostOptions& options, int rounds) {
+  PairHost host(options);
   host.start();
   require_domain(host, "one", {{}});
   {
@@ -103,7 +104,7 @@ TEST_CASE("hangs of the active backend's own making are found by its standby") {
     Traffic traffic(guest, kMac);
     const std::pair<const char*, const char*> rows[] = {
         {"spin", "spinning"}, {"block", "blocked"}, {"livelock", "no progress"}};
-    for (int round = 0; round < 3; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       for (const auto& [fault, hang] : rows) {
         INFO(fault);
         REQUIRE(traffic.pump_frames(100));
@@ -131,6 +132,18 @@ TEST_CASE("hangs of the active backend's own making are found by its standby") {
     CHECK(result.clean());
   }
   require_clean_end(host, {"one"});
+}
+
+}  // namespace
+
+TEST_CASE("hangs of the active backend's own making are found by its standby") {
+  SKIP_UNLESS_PAIR();
+  find_drilled_hangs({}, 3);
+}
+
+TEST_CASE("hangs are found by a standby that polls") {
+  SKIP_UNLESS_PAIR();
+  find_drilled_hangs({.heirs = "polling"}, 1);
 }
 
 TEST_CASE("a stopped active backend is found by its standby, with tandemd and without") {

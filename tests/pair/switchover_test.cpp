@@ -42,8 +42,8 @@ void require_paired(PairHost& host, Traffic& traffic) {
   if (!paired) FAIL("no pair again: " << host.status().dump(2) << host.log());
 }
 
-// Until one succeeds: a standby that gets no CPU in time is refused, for the owner takes the shard back, and an owner that
-// gets none may be taken for hung and lose its place. Both cost time and nothing else, and are recorded.
+// Until one succeeds: a standby that gets no CPU in time is refused, for the owner takes the shard back, and an owner
+// that gets none may be taken for hung and lose its place. Both cost time and nothing else, and are recorded.
 json switch_over_for_good(PairHost& host, Traffic& traffic) {
   for (int attempt = 0; attempt < 50; ++attempt) {
     require_paired(host, traffic);
@@ -148,6 +148,11 @@ TEST_CASE("fifty switchovers in a row under traffic both ways") {
 TEST_CASE("switchovers of a pair that always polls") {
   SKIP_UNLESS_PAIR();
   hand_over_in_a_row(20, {.backend = {}, .shards = 1, .polling = "always", .outside_queues = 1}, "always polling");
+}
+
+TEST_CASE("switchovers to heirs that poll") {
+  SKIP_UNLESS_PAIR();
+  hand_over_in_a_row(20, {.heirs = "polling"}, "heirs poll");
 }
 
 TEST_CASE("two owners never work at once") {

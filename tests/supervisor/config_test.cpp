@@ -67,6 +67,7 @@ socket_group = "kvm"
 [pair]
 shards = 8
 polling = "always"
+heirs = "polling"
 hugepages = "never"
 [parking]
 kills = 7
@@ -86,6 +87,7 @@ window_s = 300
   CHECK(config->socket_group == "kvm");
   CHECK(config->shards == 8);
   CHECK(config->polling == Polling::kAlways);
+  CHECK(config->heirs == Heirs::kPolling);
   CHECK(config->hugepages == Hugepages::kNever);
   CHECK(config->parking_kills == 7);
   CHECK(config->parking_window_s == 300);
@@ -109,6 +111,7 @@ TEST_CASE("settings that are wrong are refused by name") {
       {"[pair]\nshards = 2.0", "wants a number"},
       {"[pair]\npolling = \"sometimes\"", "\"adaptive\""},
       {"[pair]\npolling = 1", "\"always\""},
+      {"[pair]\nheirs = \"always\"", "\"polling\""},
       {"[pair]\nhugepages = true", "\"never\""},
       {"[parking]\nkills = -1", "from 0 to 1000"},
       {"[parking]\nkills = 1001", "from 0 to 1000"},

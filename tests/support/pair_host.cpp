@@ -206,7 +206,7 @@ void PairHost::write_config() const {
       << "instance = \"" << instance_ << "\"\nrun_dir = \"" << run_dir() << "\"\nincident_dir = \"" << directory_
       << "/incidents\"\nlog_level = \"debug\"\n[backend]\npath = \"" << options_.backend
       << "\"\nuser = \"nobody\"\n[qemu]\nsocket_user = \"\"\nsocket_group = \"\"\n[pair]\nshards = " << options_.shards
-      << "\npolling = \"" << options_.polling << "\"\nhugepages = \"never\"\n"
+      << "\npolling = \"" << options_.polling << "\"\nheirs = \"" << options_.heirs << "\"\nhugepages = \"never\"\n"
       << options_.configuration;
 }
 

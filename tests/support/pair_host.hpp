@@ -34,6 +34,7 @@ struct PairHostOptions {
   bool supervised = true;
   unsigned shards = 1;
   std::string polling = "adaptive";
+  std::string heirs = "real-time";
   std::string configuration = {};  ///< more tables for tandemd.toml
   unsigned outside_queues = 1;     ///< of the outside's cable: more spread its flows over the queues of a NIC
 };

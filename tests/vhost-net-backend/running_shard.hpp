@@ -29,13 +29,15 @@ std::vector<Event> only(const std::vector<ShardEvent>& events) {
 class RunningShard {
  public:
   /// `bell`: an eventfd that the two shards of a handover share; the caller's.
-  RunningShard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag, Polling polling, int bell = -1)
+  RunningShard(const EngineWorld& world, const FakeFence& fence, std::uint32_t tag, Polling polling, int bell = -1,
+               HeirWait heirs = HeirWait::kSleeping)
       : tag_(tag) {
     ShardConfig config;
     config.shards = std::max(world.segment().shard_count, 1u);
     config.segment = &world.segment();
     config.fence = &fence.view();
     config.polling = polling;
+    config.heirs = heirs;
     config.tsc_hz = 1'000'000'000;
     UniqueFd ring{::memfd_create("wake", MFD_CLOEXEC)};
     if (::ftruncate(ring.get(), 8192) != 0) std::abort();

@@ -272,21 +272,24 @@ TEST_CASE("several devices in one shard, one leaves, the other stays") {
 }
 
 TEST_CASE("running threads: traffic through a succession of owners") {
-  for (const Polling polling : {Polling::kAlways, Polling::kAdaptive}) {
+  const std::pair<Polling, HeirWait> rows[] = {{Polling::kAlways, HeirWait::kSleeping},
+                                               {Polling::kAdaptive, HeirWait::kSleeping},
+                                               {Polling::kAdaptive, HeirWait::kPolling}};
+  for (const auto& [polling, heirs] : rows) {
     EngineWorld world(small_world(feature::kVersion1 | feature::kEventIndex));
     FakeFence fence;
     Flows flows(kFlow);
-    auto owner = std::make_unique<RunningShard>(world, fence, 1, polling);
+    auto owner = std::make_unique<RunningShard>(world, fence, 1, polling, -1, heirs);
     REQUIRE(owner->heard<TookOverEvent>());
     for (std::uint32_t tag = 2; tag < 6; ++tag) {
-      auto heir = std::make_unique<RunningShard>(world, fence, tag, polling);
+      auto heir = std::make_unique<RunningShard>(world, fence, tag, polling, -1, heirs);
       REQUIRE(heir->heard<HeldEvent>());
       REQUIRE(exchange(world, flows, 1000 * (tag - 1)));
       CHECK(owner->heard<FirstTransactionEvent>());
       CHECK(owner_tag(world.segment().shards[0].owner.load()) == tag - 1);
       owner->stop();
       fence.kill(tag - 1);
-      heir->wake();
+      if (heirs == HeirWait::kSleeping) heir->wake();
       REQUIRE(heir->heard<TookOverEvent>());
       owner = std::move(heir);
     }
