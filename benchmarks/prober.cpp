@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "benchmarks/front_end.hpp"
+#include "common/monotonic_clock.hpp"
 #include "common/thread_priority.hpp"
 
 namespace {
@@ -39,12 +40,6 @@ struct Options {
   std::string output;
   bool listen = false;
 };
-
-std::uint64_t now_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
 
 // What a frame carries behind its Ethernet header.
 struct Stamp {
@@ -122,11 +117,11 @@ Status Prober::start() {
     auto end = FrontEnd::make(path, {options_.queue_pairs, options_.queue_size, 2048, options_.listen});
     if (!end) return tl::make_unexpected(std::move(end.error()));
     // A back end may take its time: DPDK's looks for us once a second.
-    const std::uint64_t begun = now_ns();
+    const std::uint64_t begun = monotonic_ns();
     for (;;) {
       auto connected = (*end)->connect();
       if (connected) break;
-      if (connected.error().kind != ErrorKind::kGone || now_ns() - begun > kConnectLimitNs || stop_asked != 0)
+      if (connected.error().kind != ErrorKind::kGone || monotonic_ns() - begun > kConnectLimitNs || stop_asked != 0)
         return connected;
       ::usleep(1000);
     }
@@ -201,7 +196,7 @@ void Prober::receive(std::uint64_t began) {
       bool took = false;
       std::uint64_t now = 0;
       while (end->nic(pair).take(in_)) {
-        if (!took) now = now_ns();
+        if (!took) now = monotonic_ns();
         took = true;
         arrived(in_, now);
       }
@@ -221,7 +216,7 @@ void Prober::keep_connections(std::uint64_t now) {
       end.look();
       if (!end.connected()) connections_.push_back({{"nic", i}, {"at_ns", now}, {"event", "closed"}});
     } else if (end.connect()) {
-      connections_.push_back({{"nic", i}, {"at_ns", now_ns()}, {"event", "connected"}});
+      connections_.push_back({{"nic", i}, {"at_ns", monotonic_ns()}, {"event", "connected"}});
       round_ns_ = 0;  // the wait for the back end's answers was not ours
     }
   }
@@ -233,22 +228,22 @@ void Prober::nap() const {
 }
 
 void Prober::run() {
-  begun_ns_ = now_ns();
+  begun_ns_ = monotonic_ns();
   due_ns_ = static_cast<double>(begun_ns_);
   while (stop_asked == 0) {
-    const std::uint64_t now = now_ns();
+    const std::uint64_t now = monotonic_ns();
     receive(now);
     keep_connections(now);
     send_due(now);
     if (options_.nap_us > 0) nap();
   }
   // What is on its way still counts, as long as something comes.
-  ended_ns_ = now_ns();
-  for (std::uint64_t quiet_since = ended_ns_, before = 0; now_ns() - quiet_since < kDrainNs && !all_came();) {
-    receive(now_ns());
+  ended_ns_ = monotonic_ns();
+  for (std::uint64_t quiet_since = ended_ns_, before = 0; monotonic_ns() - quiet_since < kDrainNs && !all_came();) {
+    receive(monotonic_ns());
     const std::uint64_t came = std::accumulate(flows_.begin(), flows_.end(), std::uint64_t{0},
                                                [](std::uint64_t sum, const Flow& flow) { return sum + flow.came; });
-    if (came != std::exchange(before, came)) quiet_since = now_ns();
+    if (came != std::exchange(before, came)) quiet_since = monotonic_ns();
   }
 }
 

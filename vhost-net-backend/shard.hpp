@@ -24,6 +24,7 @@
 #include "common/fence_view.hpp"
 #include "common/layout/control_message.hpp"
 #include "common/layout/segment.hpp"
+#include "common/monotonic_clock.hpp"
 #include "common/wake_ring.hpp"
 #include "vhost-net-backend/device.hpp"
 #include "vhost-net-backend/poison.hpp"
@@ -158,20 +159,22 @@ class Shard {
   void rebuild_pairs();
   void find_neighbours();
   void prune(Served& served, std::uint64_t below);
+  [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
 
-  // shard.cpp: the two loops
+  // heir.cpp
   void wait_as_heir();
   int poll_as_heir(int epoll, std::span<epoll_event> woken, int period_ms, std::uint64_t word) const;
   void watch_owner();
   bool holds_all_in_force();
   bool holds_what_is_in_force();
   bool work_waits();
+
+  // owner.cpp
   void beat(std::uint64_t now);
   void push_switch();
   void poll_as_owner();
   bool poll_once();
   void look_at_suspects(QueuePair& pair);
-  [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
   void keep_alive();
   [[noreturn]] void livelock();
   void sleep();
@@ -247,8 +250,5 @@ class Shard {
 
 /// Fails on purpose, in the calling thread, as `virt-tandem drill` asks. kBadStore stores into `read_only`.
 void fail_on_purpose(DrillFault fault, const std::byte* read_only);
-
-/// CLOCK_MONOTONIC in nanoseconds, the clock of the fence's marks.
-std::uint64_t monotonic_ns();
 
 }  // namespace tandem

@@ -12,8 +12,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstring>
+#include <fstream>
 #include <string_view>
 
 namespace tandem {
@@ -115,6 +117,22 @@ Member Member::adopt(pid_t pid, UniqueFd pidfd, UniqueFd channel) {
 
 void Member::kill() const {
   if (pidfd_) ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0);
+}
+
+char Member::thread_state(pid_t tid) const {
+  std::ifstream file("/proc/" + std::to_string(pid_) + "/task/" + std::to_string(tid) + "/stat");
+  std::string line;
+  std::getline(file, line);
+  const std::size_t name_end = line.rfind(')');
+  return name_end == std::string::npos || name_end + 2 >= line.size() ? 'X' : line[name_end + 2];
+}
+
+bool Member::stands_still() const {
+  const auto moves = [this](pid_t tid) {
+    const char state = thread_state(tid);
+    return state == 'R' || state == 'D';
+  };
+  return !moves(pid_) && std::none_of(threads.begin(), threads.end(), moves);
 }
 
 ExitStatus Member::reap() {

@@ -57,6 +57,10 @@ class Member {
   }
   /// SIGKILL through the pidfd.
   void kill() const;
+  /// State letter of a thread of its (proc(5)), or 'X' if that is gone.
+  [[nodiscard]] char thread_state(pid_t tid) const;
+  /// Whether no thread of it runs or waits for a CPU, or is on its way through the kernel: such are starved, not hung.
+  [[nodiscard]] bool stands_still() const;
   /// After the pidfd became readable.
   ExitStatus reap();
 

@@ -12,6 +12,7 @@
 #include <ctime>
 #include <filesystem>
 
+#include "common/monotonic_clock.hpp"
 #include "recovery/supervisor/supervisor.hpp"
 
 namespace tandem {
@@ -20,12 +21,6 @@ namespace {
 
 constexpr std::size_t kLongestReason = 200;
 constexpr std::uint64_t kMostKillsAtOnce = 1000;  // as many as the configuration can ask for
-
-std::uint64_t now_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
 
 std::int64_t wall_clock_ms() {
   return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch())
@@ -76,7 +71,7 @@ std::uint64_t Supervisor::kills_of(const Nic& nic) {
 // Looks in the segment, because a backend that dies soon after its takeover never comes to report it. Disables NICs
 // that have killed too often.
 void Supervisor::count_kills(const Pair& pair) {
-  const std::uint64_t now = now_ns();
+  const std::uint64_t now = monotonic_ns();
   const std::uint64_t window = std::uint64_t{config_.parking_window_s} * 1'000'000'000u;
   for (auto& [mac, nic] : nics_) {
     if (nic.pair != &pair) continue;
@@ -161,7 +156,7 @@ void Supervisor::begin_disable(Nic& nic) {
   nic.device->disconnect();
   PendingRequest pending;
   pending.disable = true;
-  pending.since_ns = now_ns();
+  pending.since_ns = monotonic_ns();
   nic.pending = std::move(pending);
   save(nic);
   describe(nic);

@@ -10,6 +10,7 @@
 #include <ctime>
 #include <filesystem>
 
+#include "common/monotonic_clock.hpp"
 #include "recovery/fence/kernel_version.hpp"
 #include "recovery/supervisor/journal.hpp"
 #include "recovery/supervisor/probe.hpp"
@@ -25,12 +26,6 @@ constexpr auto kIncidentOpen = 2s;
 constexpr auto kHandoverOpen = 200ms;
 constexpr std::uint64_t kLockLimitNs = 1'000'000'000;
 constexpr std::uint64_t kVaultLimitNs = 30'000'000'000;
-
-std::uint64_t now_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
 
 }  // namespace
 
@@ -81,8 +76,8 @@ Status Supervisor::prepare_directories() {
   lock_ = UniqueFd{::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)};
   if (!lock_) return fail_errno("open " + path);
   // A predecessor that was just killed may still be on its way out.
-  const std::uint64_t deadline = now_ns() + kLockLimitNs;
-  while (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0 && now_ns() < deadline) ::poll(nullptr, 0, 10);
+  const std::uint64_t deadline = monotonic_ns() + kLockLimitNs;
+  while (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0 && monotonic_ns() < deadline) ::poll(nullptr, 0, 10);
   if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0)
     return fail(ErrorKind::kInvalid, "lock " + path + ": another tandemd serves " + config_.run_dir +
                                          "; stop it first, or give this one another run_dir and instance");
@@ -120,7 +115,7 @@ void Supervisor::dispatch_vault() {
     spdlog::critical("talk to tandem-vault: {}; every QEMU has lost its connection and will reconnect",
                      dispatched.error().text);
     vault_watch_.reset();
-    vault_lost_ns_ = now_ns();
+    vault_lost_ns_ = monotonic_ns();
     let_go_of_front_ends();
     find_new_vault();
   }
@@ -135,7 +130,7 @@ void Supervisor::let_go_of_front_ends() {
     nic.device->disconnect();
     PendingRequest pending;
     pending.disconnect = pending.vault_lost = true;
-    pending.since_ns = now_ns();
+    pending.since_ns = monotonic_ns();
     nic.pending = std::move(pending);
     describe(nic);
     wait_for_owners(nic);
@@ -147,7 +142,7 @@ void Supervisor::let_go_of_front_ends() {
 void Supervisor::find_new_vault() {
   auto vault = VaultClient::connect(config_.vault_socket(), std::chrono::milliseconds(20));
   if (!vault) {
-    if (now_ns() - vault_lost_ns_ > kVaultLimitNs) {
+    if (monotonic_ns() - vault_lost_ns_ > kVaultLimitNs) {
       spdlog::critical("no new tandem-vault within 30 s: {}; tandemd ends, start both again", vault.error().text);
       return loop_.quit(1);
     }

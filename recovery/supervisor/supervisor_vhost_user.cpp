@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <ctime>
 #include <utility>
 
+#include "common/monotonic_clock.hpp"
 #include "recovery/supervisor/probe.hpp"
 #include "recovery/supervisor/supervisor.hpp"
 
@@ -20,12 +20,6 @@ namespace {
 
 // A thread that waits for a CPU is starved, not hung; nobody waits longer than this without an alarm.
 constexpr std::uint64_t kAlarmNs = 1'000'000'000;
-
-std::uint64_t now_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<std::uint64_t>(now.tv_nsec);
-}
 
 }  // namespace
 
@@ -81,7 +75,7 @@ void Supervisor::on_message(RelayedMessage message) {
   PendingRequest pending;
   pending.sequence = message.sequence;
   pending.outcome = std::move(*outcome);
-  pending.since_ns = now_ns();
+  pending.since_ns = monotonic_ns();
   const bool changed = pending.outcome.description_changed;
   const bool wait = pending.outcome.wait_for_owners;
   nic.pending = std::move(pending);
@@ -113,7 +107,7 @@ void Supervisor::on_disconnected(const std::string& mac, std::uint64_t, std::uin
   PendingRequest pending;
   pending.sequence = sequence;
   pending.disconnect = true;
-  pending.since_ns = now_ns();
+  pending.since_ns = monotonic_ns();
   nic.pending = std::move(pending);
   save(nic);
   TANDEM_SUPERVISOR_PROBE(kSaved);
@@ -150,7 +144,7 @@ void Supervisor::on_wait_limit(const std::string& mac) {
   Nic& nic = found->second;
   if (nic.pair->in_force(nic.device_index) >= nic.pending->generation) return finish_request(nic);
   nic.pair->kill_if_hung("it did not let go of NIC " + mac + " within its limit");
-  if (!nic.pending->alarmed && now_ns() - nic.pending->since_ns > kAlarmNs) {
+  if (!nic.pending->alarmed && monotonic_ns() - nic.pending->since_ns > kAlarmNs) {
     nic.pending->alarmed = true;
     spdlog::critical(
         "NIC {}: QEMU has been waiting for 1 s for backends that neither let go nor die; look at their "

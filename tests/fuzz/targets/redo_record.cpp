@@ -16,7 +16,7 @@ constexpr std::uint32_t kOwner = 1, kHeir = 2, kLast = 3, kPosted = 8;
 
 class Site {
  public:
-  explicit Site(std::uint32_t devices) : fresh_(shape(devices)), world_(shape(devices)) {
+  Site(std::uint32_t devices, bool packed) : fresh_(shape(devices, packed)), world_(shape(devices, packed)) {
     for (std::uint32_t n = 0; n < devices; ++n) {
       ports_.push_back(world_.make_ports(n));
       devices_.push_back(world_.make_device(world_.describe(1, n)));
@@ -58,13 +58,14 @@ class Site {
   }
 
  private:
-  static WorldShape shape(std::uint32_t devices) {
+  static WorldShape shape(std::uint32_t devices, bool packed) {
     WorldShape shape;
     shape.devices = shape.queue_pairs = devices;
-    shape.nic.features = feature::kVersion1 | feature::kMergeable | feature::kEventIndex;
+    shape.nic.features =
+        feature::kVersion1 | feature::kMergeable | feature::kEventIndex | (packed ? feature::kPacked : 0);
     shape.nic.queue_size = 16;
     shape.nic.slot_size = 128;
-    shape.nic.first_index = 65530;
+    shape.nic.first_index = packed ? 10 : 65530;  // it wraps soon
     shape.xsk.frame_size = 512;
     shape.xsk.headroom = 256;
     shape.xsk.rx_frames = 16;
@@ -76,6 +77,11 @@ class Site {
     for (std::size_t n = 1; n < ports_.size(); ++n) shard.post(AttachCommand{ports_[n]});
     shard.hold(ports_.front(), devices_);
     return shard;
+  }
+
+  // The position `slots` entries on, in a virtqueue of a device.
+  std::uint16_t after(std::uint32_t device, std::uint32_t vring, std::uint16_t position, std::uint32_t slots) {
+    return devices_[device]->vring(vring).queue.visit([&](const auto& queue) { return queue.next(position, slots); });
   }
 
   // A forward to the last device, likewise.
@@ -90,9 +96,10 @@ class Site {
     to.queue_pair = 1;
     to.used_count = count;
     to.avail_before = vring.next_avail;
-    to.avail_after = static_cast<std::uint16_t>(vring.next_avail + count);
+    const std::uint32_t last = world_.shape().devices - 1;
+    to.avail_after = after(last, 0, vring.next_avail, count);
     to.used_before = vring.next_used;
-    to.used_after = static_cast<std::uint16_t>(vring.next_used + count);
+    to.used_after = after(last, 0, vring.next_used, count);
     for (std::uint16_t i = 0; i < count; ++i) to.used[i] = {i, 1, 76};
     sign(record);
   }
@@ -110,9 +117,9 @@ class Site {
     record.kind = transmit ? RedoKind::kTransmit : RedoKind::kReceive;
     record.used_count = record.frame_count = count;
     record.avail_before = vring.next_avail;
-    record.avail_after = static_cast<std::uint16_t>(vring.next_avail + count);
+    record.avail_after = after(0, transmit ? 1 : 0, vring.next_avail, count);
     record.used_before = vring.next_used;
-    record.used_after = static_cast<std::uint16_t>(vring.next_used + count);
+    record.used_after = after(0, transmit ? 1 : 0, vring.next_used, count);
     record.queue_pair = 0;
     record.epoch = 1;
     record.poisoned = 0;
@@ -174,8 +181,11 @@ class Site {
       for (const GuestNic& nic : world_.nics) {
         allowed = allowed || (i + kGuestBase >= nic.receive_slot(0) && i + kGuestBase < nic.receive_slot(kPosted));
         for (const GuestQueue* queue : {&nic.receive, &nic.transmit}) {
-          const std::uint64_t used = queue->place().used - kGuestBase;
-          allowed = allowed || (i >= used && i < used + 4 + 8 * queue->size() + 2);
+          // Packed: used descriptors are where the available ones were.
+          const std::uint64_t ring = queue->place().descriptors - kGuestBase, used = queue->place().used - kGuestBase;
+          allowed = allowed ||
+                    (queue->place().packed ? (i >= ring && i < ring + 16 * queue->size()) || (i >= used && i < used + 4)
+                                           : i >= used && i < used + 4 + 8 * queue->size() + 2);
         }
       }
       must_hold(allowed, "a damaged segment changes nothing but used rings and posted buffers");
@@ -191,10 +201,10 @@ class Site {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  static Site alone(1), neighbours(2);
+  static Site sites[] = {{1, false}, {2, false}, {1, true}, {2, true}};
   const DescriptorCheck all_closed;
   Input input(data, size);
   const std::uint8_t how = input.u8();
-  ((how & 8u) != 0 ? neighbours : alone).run(how, input);
+  sites[how >> 3 & 3u].run(how, input);  // with a neighbour or not, packed or split
   return 0;
 }

@@ -198,7 +198,7 @@ TEST_CASE("offload") {
 }
 
 TEST_CASE("redo_record") {
-  for (unsigned how = 0; how < 16; ++how) {  // from 8 on with a neighbour
+  for (unsigned how = 0; how < 32; ++how) {  // bit 3: with a neighbour; bit 4: packed
     Seed seed;
     seed.u8(how);
     seed.write("redo_record", "good-" + std::to_string(how));
@@ -206,7 +206,7 @@ TEST_CASE("redo_record") {
     // A field of the record, a cursor, a ring index; the CRC made right in between.
     seed.u8(0).u16(24 + how).u8(0).u8(how).u8(7).u8(3).u16(0).u8(1).u16(how).u8(6).u16(64).u8(0).u8(9);
     seed.write("redo_record", "damaged-" + std::to_string(how));
-    if (how < 8) continue;
+    if ((how & 8u) == 0) continue;
     // Fields of the forward's destination, each with a right CRC.
     for (unsigned at = 0; at < offsetof(RedoDestination, used) + 8; at += 2) {
       Seed lie;
