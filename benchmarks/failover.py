@@ -39,6 +39,7 @@ class Found:
     steps: list = dataclasses.field(default_factory=list)
     account: dict = dataclasses.field(default_factory=lambda: {"lost": 0, "duplicated": 0, "reordered": 0})
     controls: list = dataclasses.field(default_factory=list)  # us
+    unasked: int = 0  # owners that were gone before we killed them
     problem: CannotRun | None = None
 
     def add(self, seen, windows, floor_us=GAP_US):
@@ -88,7 +89,13 @@ def _kill_owners(host, world, cause, number, found, load):
             time.sleep(1.2)  # half a second around each kill is left out of the control
             victim = pair["active"]["pid"]
             at = time.monotonic_ns()
-            os.kill(victim, CAUSES[cause])
+            try:
+                os.kill(victim, CAUSES[cause])
+            except ProcessLookupError:
+                # Its standby took it for hung: a host that takes a CPU away for longer than the limit looks like that.
+                found.unasked += 1
+                known |= {incident["id"] for incident in host.incidents()}
+                continue
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
                                               one["timeline_ns"]["first_transaction"] is not None), None), 20,
                                 f"the incident after {cause}", 0.02)
@@ -100,7 +107,7 @@ def _kill_owners(host, world, cause, number, found, load):
         time.sleep(0.7)
         seen = prober.finish()
         found.add(seen, windows, load["gap_us"])
-        length = int(median([end - begin for begin, end in windows]))
+        length = int(median([end - begin for begin, end in windows]) or 1_000_000)
         found.controls += seen.control(length, [begin for begin, _ in windows], load["gap_us"])
         host.release()
     finally:
@@ -213,7 +220,7 @@ def _rows(report, system, heir, cause, found):
     steps = {key: median(step[key] for step in found.steps) for key in found.steps[0]} if found.steps else {}
     # testpmd's hang ends because we end it.
     report.row({"cause": cause, "heir": heir}, system, "us", found.blackouts, noticed=system == "tandem" or cause != "hang",
-               prober_us=median(found.own), **steps, **found.account)
+               prober_us=median(found.own), **steps, unasked=found.unasked, **found.account)
 
 
 def run(world, report, quick, only=None):

@@ -137,6 +137,9 @@ class Pair {
   /// Whether the pair is whole, a generation of the device is in force, and owner and heir hold one: both have mapped
   /// its uplink.
   [[nodiscard]] bool serves(std::uint32_t device) const;
+  /// Whether a member has mapped every device, and holds the description that is in force or a newer one. An heir that
+  /// does not takes over late, once it does.
+  [[nodiscard]] bool holds_all(const Member& member) const;
   /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills
   /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);

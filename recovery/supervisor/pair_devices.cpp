@@ -151,6 +151,15 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
   return lowest;
 }
 
+bool Pair::holds_all(const Member& member) const {
+  return std::all_of(devices_.begin(), devices_.end(), [&](const auto& entry) {
+    const auto& [device, attached] = entry;
+    if (attached.detaching || attached.generations.empty()) return true;
+    const auto held = member.held.find(device);
+    return held != member.held.end() && held->second >= in_force(device);
+  });
+}
+
 bool Pair::serves(std::uint32_t device) const {
   return state_ == PairState::kPaired && in_force(device) != 0 &&
          std::all_of(members_.begin(), members_.end(), [device](const Member& member) {
