@@ -69,6 +69,9 @@ class Member {
   std::vector<std::uint32_t> tags;              ///< their fence tags
   std::vector<std::uint32_t> rings;             ///< their wake rings
   std::map<std::uint32_t, std::uint64_t> held;  ///< newest generation held, by device
+  /// It has held, at one time since it was armed, what was in force for every device: from then on it is told of
+  /// changes before the owner is. An heir that has not caught up takes over late, once it has.
+  bool caught_up = false;
   std::uint64_t spawned_ns = 0;
   std::uint32_t reported_shards = 0;  ///< a bit for each shard of which it has said, as an heir, that it took it over
   bool dead_at_adoption = false;      ///< its heir's report, which names it, may be on its way to this supervisor

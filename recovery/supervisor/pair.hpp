@@ -137,9 +137,6 @@ class Pair {
   /// Whether the pair is whole, a generation of the device is in force, and owner and heir hold one: both have mapped
   /// its uplink.
   [[nodiscard]] bool serves(std::uint32_t device) const;
-  /// Whether a member has mapped every device, and holds the description that is in force or a newer one. An heir that
-  /// does not takes over late, once it does.
-  [[nodiscard]] bool holds_all(const Member& member) const;
   /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills
   /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
@@ -190,6 +187,7 @@ class Pair {
   void look_at_heir(Member& member, std::uint32_t shard);
   void forget_watches(Member& member, bool owned);
   void forget_dead_tags();
+  void note_caught_up(Member& member) const;
   void note_detached(std::uint32_t device, pid_t pid);
   void prune_generations(std::uint32_t device);
   Member* find(pid_t pid);

@@ -98,6 +98,8 @@ void Pair::resume() {
     for (std::uint32_t i = 0; member.stage == Member::Stage::kArmed && i < config_.shards; ++i)
       if (auto again = arm_shard(member, i); !again) end(member, again.error().text);
   }
+  for (Member& member : members_)
+    if (member.stage == Member::Stage::kArmed) note_caught_up(member);
   if (!armed) spawn_soon();
   look_at_heirs();
   listener_.on_state(*this);

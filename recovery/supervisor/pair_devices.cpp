@@ -151,8 +151,8 @@ std::uint64_t Pair::in_force(std::uint32_t device) const {
   return lowest;
 }
 
-bool Pair::holds_all(const Member& member) const {
-  return std::all_of(devices_.begin(), devices_.end(), [&](const auto& entry) {
+void Pair::note_caught_up(Member& member) const {
+  member.caught_up |= std::all_of(devices_.begin(), devices_.end(), [&](const auto& entry) {
     const auto& [device, attached] = entry;
     if (attached.detaching || attached.generations.empty()) return true;
     const auto held = member.held.find(device);

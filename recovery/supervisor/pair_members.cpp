@@ -73,9 +73,11 @@ void Pair::on_message(Member& member, const ChannelMessage& message) {
       return on_ready(member, std::get<ReadyBody>(parsed->body));
     case ControlType::kHeld:
       member.held[device->device] = device->generation;
+      if (member.stage == Member::Stage::kArmed) note_caught_up(member);
       return listener_.on_held(*this, device->device);
     case ControlType::kInForce:
       member.held[device->device] = device->generation;
+      note_caught_up(member);
       prune_generations(device->device);
       if (devices_.contains(device->device)) listener_.on_in_force(*this, device->device);
       return;
@@ -137,6 +139,7 @@ void Pair::arm(Member& member) {
     if (auto armed = arm_shard(member, i); !armed) return end(member, armed.error().text);
   member.stage = Member::Stage::kArmed;
   member.heir_since_ns = monotonic_ns();
+  note_caught_up(member);
   look_at_heirs();
 }
 

@@ -20,7 +20,7 @@ std::string text_of(const nlohmann::json& request, const char* key) {
 
 nlohmann::json member_status(const Pair& pair, const Member* member, bool owner) {
   if (member == nullptr) return {{"pid", nullptr}, {"tid", nullptr}, {"state", "none"}};
-  std::string state = member->stage == Member::Stage::kArmed && pair.holds_all(*member) ? "ready" : "starting";
+  std::string state = member->stage == Member::Stage::kArmed && member->caught_up ? "ready" : "starting";
   if (owner) state = pair.segment().shards[0].asleep.load(std::memory_order_relaxed) != 0 ? "asleep" : "polling";
   return {{"pid", member->pid()},
           {"tid", member->threads.empty() ? nlohmann::json(nullptr) : nlohmann::json(member->threads[0])},
