@@ -7,7 +7,6 @@ longest gap between two arrivals around the kill. Tandem's incidents, on the sam
 Tandem's standby takes over; testpmd is restarted by a loop here as soon as it has ended; ovs-vswitchd restarts itself
 (--monitor).
 """
-import ctypes
 import dataclasses
 import os
 import signal
@@ -29,9 +28,6 @@ CAUSES = {"SIGSEGV": signal.SIGSEGV, "SIGKILL": signal.SIGKILL, "hang": signal.S
 OVS_CAUSES = ("SIGSEGV", "SIGKILL")
 PEER_LIMIT = 15  # seconds for a peer to come back
 HANG_LIMIT = 3  # seconds after which nobody is expected to notice a hang
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass
@@ -67,6 +63,7 @@ def _steps(incident):
     awake, replayed, first = line["heir_awake"], line["replayed"], line["first_transaction"]
     # A sleeping owner's last heartbeat says nothing.
     heartbeat = None if incident["owner_state"] == "asleep" or line["last_heartbeat"] is None else -line["last_heartbeat"]
+
     def since_heartbeat(end):
         return None if None in (heartbeat, end) else _us(heartbeat + end)
 
@@ -74,12 +71,6 @@ def _steps(incident):
             "heartbeat_to_fence_us": _us(heartbeat), "fence_to_awake_us": _us(awake),
             "awake_to_replayed_us": None if None in (awake, replayed) else _us(replayed - awake),
             "replayed_to_first_us": None if None in (first, replayed) else _us(first - replayed)}
-
-
-def _signal_thread(pid, tid, number):
-    """To the poll thread itself, which is where a bad store would hit it; the process's first thread may not be running."""
-    if _LIBC.tgkill(pid, tid, number) != 0:
-        raise ProcessLookupError(ctypes.get_errno(), f"signal thread {tid} of process {pid}")
 
 
 def _tandem(world, cause, number, found):
@@ -94,37 +85,34 @@ def _kill_owners(host, world, cause, number, found, load):
     try:
         host.provide({tandem.MAC: "null='loopback'"})
         prober = Prober(world, [host.socket()], **load).wait_running()
-        windows = []
+        resumed = []  # for each kill: the fence's mark, the heir's first packet after it, and the parts of the takeover
         known = {incident["id"] for incident in host.incidents()}
         victim = None
         for _ in range(number):
             pair = host.wait_whole(not_pid=victim)
             time.sleep(1.2)  # half a second around each kill is left out of the control
             victim = pair["active"]["pid"]
-            at = time.monotonic_ns()
-            try:
-                if cause == "SIGSEGV":
-                    _signal_thread(victim, pair["active"]["tid"], CAUSES[cause])
-                else:
-                    os.kill(victim, CAUSES[cause])
-            except ProcessLookupError:
-                # Its standby took it for hung: a host that takes a CPU away for longer than the limit looks like that.
-                found.unasked += 1
-                known |= {incident["id"] for incident in host.incidents()}
-                continue
+            # To its poll thread, where a bad store would hit it; the process's first thread may be waiting for a CPU.
+            prober.kill(CAUSES[cause], victim, pair["active"]["tid"] if cause == "SIGSEGV" else 0)
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
                                               one["timeline_ns"]["first_transaction"] is not None), None), 20,
                                 f"the incident after {cause}", 0.02)
-            known.add(incident["id"])
-            resumed = incident["fence_time_ns"] + incident["timeline_ns"]["first_transaction"]
-            windows.append((at - 1_000_000, resumed + 2_000_000))
-            found.steps.append(_steps(incident))
+            known |= {incident["id"] for incident in host.incidents()}
+            resumed.append((incident["fence_time_ns"], incident["timeline_ns"]["first_transaction"], _steps(incident)))
         host.wait_whole(not_pid=victim)
         time.sleep(0.7)
         seen = prober.finish()
+        windows = []
+        for (at, done), (fenced, first, steps) in zip(seen.kills(), resumed):
+            if not done or fenced < at:
+                # Its standby had taken it for hung: a host that takes a CPU away for longer than the limit looks like that.
+                found.unasked += 1
+                continue
+            windows.append((at - 1_000_000, fenced + first + 2_000_000))
+            found.steps.append(steps)
         found.add(seen, windows, load["gap_us"])
         length = int(median([end - begin for begin, end in windows]) or 1_000_000)
-        found.controls += seen.control(length, [begin for begin, _ in windows], load["gap_us"])
+        found.controls += seen.control(length, [at for at, _ in seen.kills()], load["gap_us"])
         host.release()
     finally:
         host.close()
@@ -171,8 +159,8 @@ class _RestartedTestpmd:
         self.world.forget(self.child)
 
 
-def _peer_windows(kills):
-    return [(at, at + PEER_LIMIT * 1_000_000_000) for at in kills]
+def _peer_windows(seen):
+    return [(at, at + PEER_LIMIT * 1_000_000_000) for at, _ in seen.kills()]
 
 
 def _testpmd(world, cause, number, found):
@@ -180,12 +168,10 @@ def _testpmd(world, cause, number, found):
     try:
         wait_for(lambda: os.path.exists(backend.path), 30, "testpmd to make its vhost socket", 0.02)
         prober = Prober(world, [backend.path], RATE, gap_us=GAP_US).wait_running()
-        kills = []
         for _ in range(1 if cause == "hang" else number):
             time.sleep(1.0)
             child = backend.child
-            kills.append(time.monotonic_ns())
-            child.send_signal(CAUSES[cause])
+            prober.kill(CAUSES[cause], child.pid)
             if cause == "hang":
                 time.sleep(HANG_LIMIT)
                 child.send_signal(signal.SIGCONT)
@@ -194,7 +180,8 @@ def _testpmd(world, cause, number, found):
             wait_for(lambda child=child: backend.child is not child and os.path.exists(backend.path), PEER_LIMIT,
                      "testpmd to be started again", 0.01)
             time.sleep(3.0)  # its ports, and the prober's new connection
-        found.add(prober.finish(), _peer_windows(kills))
+        seen = prober.finish()
+        found.add(seen, _peer_windows(seen))
     finally:
         backend.close()
 
@@ -204,12 +191,10 @@ def _ovs(world, cause, number, found):
     try:
         prober = Prober(world, [switch.socket("left"), switch.socket("right")], RATE, gap_us=GAP_US, senders=1, listen=True,
                         limit=90).wait_running()
-        kills = []
         for _ in range(number):
             time.sleep(1.0)
             victim = switch.pid()
-            kills.append(time.monotonic_ns())
-            os.kill(victim, CAUSES[cause])
+            prober.kill(CAUSES[cause], victim)
             wait_for(lambda victim=victim: switch.given_up() or switch.pid() not in (None, victim), 20,
                      "ovs-vswitchd to restart itself", 0.01)
             if switch.given_up():
@@ -217,7 +202,8 @@ def _ovs(world, cause, number, found):
                 prober.finish()
                 return
             time.sleep(4.0)  # its ports connect again once a second
-        found.add(prober.finish(), _peer_windows(kills))
+        seen = prober.finish()
+        found.add(seen, _peer_windows(seen))
     finally:
         switch.close()
 
@@ -264,8 +250,8 @@ def run(world, report, quick, only=None):
         if base and row["system"] != "tandem" and row["cause"] == "SIGSEGV":
             row["times_longer"] = round(row["median"] / base["median"], 1)
     report.note(f"nobody notices a hang of testpmd: its row ends when it is continued after {HANG_LIMIT} s")
-    report.note(f"{RATE} frames of 64 B a second; gaps below {GAP_US} us are not told apart. With an heir that polls, on the "
-                f"prober's core: {NAPPING['rate']} frames, and gaps below {NAPPING['gap_us']} us. prober_us: longest stretch of the gap in which the "
-                "prober itself did not run")
-    report.note("heartbeat_to_...: from the dead owner's last round to the heir's first packet, and to where it begins to poll, by the "
-                "backends' own clock")
+    report.note(f"{RATE} frames of 64 B a second; gaps below {GAP_US} us are not told apart. With an heir that polls, on the prober's "
+                f"core: {NAPPING['rate']} frames, and gaps below {NAPPING['gap_us']} us")
+    report.note("prober_us: longest stretch of the gap in which the prober itself did not run. heartbeat_to_...: from the dead owner's "
+                "last round to the heir's first packet, and to where it begins to poll, by the backends' own clock. unasked: owners that "
+                "their standby had ended before we could")

@@ -4,8 +4,8 @@
 // One or more NICs (--socket), each with some queue pairs; a flow per queue pair. Says "running" when every flow has
 // come back once, and on SIGTERM writes what it saw as one JSON object: per flow what was sent, came, was lost, came
 // twice or late; all gaps between arrivals above --gap-us, with CLOCK_MONOTONIC times; round trips; when sockets closed
-// and opened. A gap may be the prober's own: each carries the longest stretch within it in which the prober itself did
-// not run.
+// and opened; whom it killed when (--victim). A gap may be the prober's own: each carries the longest stretch within it
+// in which the prober itself did not run.
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -29,7 +29,7 @@ using namespace tandem;
 using namespace tandem::benchmark;
 using nlohmann::json;
 
-volatile std::sig_atomic_t stop_asked = 0;
+volatile std::sig_atomic_t stop_asked = 0, kill_asked = 0;
 
 struct Options {
   std::vector<std::string> sockets;
@@ -37,7 +37,7 @@ struct Options {
   double rate = 100'000;
   double gap_us = 50;
   double nap_us = 0;
-  std::string output;
+  std::string output, victim;
   bool listen = false;
 };
 
@@ -52,6 +52,8 @@ struct Stamp {
 
 constexpr std::uint64_t kConnectLimitNs = 30'000'000'000;
 constexpr std::uint64_t kDrainNs = 1'000'000'000;
+// From being asked to a kill: until then, whoever asked is asleep again.
+constexpr std::uint64_t kKillDelayNs = 20'000'000;
 constexpr std::size_t kEthernet = 14;
 constexpr std::size_t kMostSamples = 1u << 20;  // of gaps and of round trips; more are counted, not kept
 
@@ -92,6 +94,7 @@ class Prober {
   void arrived(const std::vector<std::byte>& frame, std::uint64_t now);
   void keep_connections(std::uint64_t now);
   void nap() const;
+  void kill_when_due(std::uint64_t now);
   [[nodiscard]] bool all_came() const {
     return std::all_of(flows_.begin(), flows_.end(), [](const Flow& flow) { return flow.came == flow.sent; });
   }
@@ -102,13 +105,15 @@ class Prober {
   std::vector<Flow> flows_;
   std::vector<Gap> gaps_;
   std::vector<std::uint32_t> round_trips_ns_;
-  json connections_ = json::array();
+  json connections_ = json::array(), kills_ = json::array();
   std::vector<std::byte> out_, in_;
   double interval_ns_ = 0;
   double due_ns_ = 0;
   std::uint64_t gap_ns_ = 0, refused_ = 0, foreign_ = 0, begun_ns_ = 0, ended_ns_ = 0;
   std::uint64_t own_ns_ = 0;  // longest round of the loop since the last arrival
   std::uint64_t round_ns_ = 0, looked_ns_ = 0;
+  std::uint64_t kill_ns_ = 0;  // when the next kill is due; 0: none is
+  int victim_pid_ = 0, victim_tid_ = 0, victim_signal_ = 0;
   std::uint32_t turn_ = 0, senders_ = 0, silent_ = 0;
 };
 
@@ -227,6 +232,21 @@ void Prober::nap() const {
   ::clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, nullptr);
 }
 
+// Between two rounds of the loop, so that nobody but us and the victim is at work in that moment.
+void Prober::kill_when_due(std::uint64_t now) {
+  if (kill_asked != 0 && kill_ns_ == 0) {
+    kill_asked = 0;
+    std::ifstream file(options_.victim);
+    if (file >> victim_pid_ >> victim_tid_ >> victim_signal_) kill_ns_ = now + kKillDelayNs;
+  }
+  if (kill_ns_ == 0 || now < kill_ns_) return;
+  kill_ns_ = 0;
+  const std::uint64_t at = monotonic_ns();
+  const bool done = (victim_tid_ != 0 ? ::tgkill(victim_pid_, victim_tid_, victim_signal_)
+                                      : ::kill(victim_pid_, victim_signal_)) == 0;
+  kills_.push_back({{"pid", victim_pid_}, {"at_ns", at}, {"done", done}});
+}
+
 void Prober::run() {
   begun_ns_ = monotonic_ns();
   due_ns_ = static_cast<double>(begun_ns_);
@@ -235,6 +255,7 @@ void Prober::run() {
     receive(now);
     keep_connections(now);
     send_due(now);
+    kill_when_due(now);
     if (options_.nap_us > 0) nap();
   }
   // What is on its way still counts, as long as something comes.
@@ -256,10 +277,9 @@ json Prober::result() const {
                      {"duplicated", flow.twice},
                      {"reordered", flow.late}});
   for (const Gap& gap : gaps_) gaps.push_back({gap.flow, gap.begin_ns, gap.end_ns, gap.own_ns});
-  return {{"begun_ns", begun_ns_},       {"ended_ns", ended_ns_},
-          {"flows", std::move(flows)},   {"gaps", std::move(gaps)},
-          {"refused", refused_},         {"foreign", foreign_},
-          {"connections", connections_}, {"round_trips_ns", round_trips_ns_}};
+  return {{"begun_ns", begun_ns_},       {"ended_ns", ended_ns_}, {"flows", std::move(flows)},
+          {"gaps", std::move(gaps)},     {"refused", refused_},   {"foreign", foreign_},
+          {"connections", connections_}, {"kills", kills_},       {"round_trips_ns", round_trips_ns_}};
 }
 
 }  // namespace
@@ -277,6 +297,8 @@ int main(int argc, char** argv) {
   app.add_option("--nap-us", options.nap_us,
                  "sleep between two looks, at real-time priority, instead of looking all the time")
       ->check(CLI::Range(0.0, 500'000.0));
+  app.add_option("--victim", options.victim,
+                 "on SIGUSR1 and 20 ms later, kill what this file names: PID TID SIGNAL (TID 0: the whole process)");
   app.add_flag("--listen", options.listen, "listen on the sockets; the back end connects");
   app.add_option("--output", options.output, "file for the result; standard output without");
   CLI11_PARSE(app, argc, argv);
@@ -284,6 +306,8 @@ int main(int argc, char** argv) {
   action.sa_handler = [](int) { stop_asked = 1; };
   ::sigaction(SIGTERM, &action, nullptr);
   ::sigaction(SIGINT, &action, nullptr);
+  action.sa_handler = [](int) { kill_asked = 1; };
+  ::sigaction(SIGUSR1, &action, nullptr);
   // Whoever polls beside us gives its CPU up in the moment we wake.
   if (options.nap_us > 0)
     if (auto set = make_real_time(0); !set) {

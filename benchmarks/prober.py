@@ -2,7 +2,9 @@
 """tandem-prober from Python: starting it on the guest's core, ending it, and what it saw."""
 import json
 import os
+import signal
 import statistics
+import time
 
 from world import GUEST_CORE, NICE, Failed, wait_for
 
@@ -15,8 +17,10 @@ class Prober:
         self._world = world
         self._output = world.path(f"prober{Prober._number}.json")
         self._log = f"prober{Prober._number}.log"
+        self._victim = world.path(f"victim{Prober._number}")
         words = ["nice", "-n", str(NICE), "taskset", "-c", str(GUEST_CORE), world.program("tandem-prober"), "--rate", str(rate),
-                 "--queue-pairs", str(queue_pairs), "--gap-us", str(gap_us), "--length", str(length), "--output", self._output]
+                 "--queue-pairs", str(queue_pairs), "--gap-us", str(gap_us), "--length", str(length), "--output", self._output,
+                 "--victim", self._victim]
         for path in sockets:
             words += ["--socket", path]
         if senders is not None:
@@ -40,6 +44,13 @@ class Prober:
         wait_for(self._said, self._limit, "every flow of the prober to come back once", 0.02)
         return self
 
+    def kill(self, number, pid, tid=0):
+        """Has the prober send a signal, in a moment when this program sleeps and takes no CPU from anybody. `tid`: to that thread."""
+        with open(self._victim, "w", encoding="ascii") as file:
+            file.write(f"{pid} {tid} {int(number)}\n")
+        self.child.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+
     def finish(self):
         self._said()
         self._world.forget(self.child)
@@ -56,6 +67,10 @@ class Seen:
         self.data = data
         # (flow, begin, end, longest stretch in which the prober itself did not run)
         self.gaps = [tuple(gap) for gap in data["gaps"]]
+
+    def kills(self):
+        """(when, whether there was somebody to kill) of each, in order."""
+        return [(kill["at_ns"], kill["done"]) for kill in self.data["kills"]]
 
     def total(self, key):
         return sum(flow[key] for flow in self.data["flows"])

@@ -53,21 +53,20 @@ def _step(world, nics, queue_pairs, kills, rate):
                         gap_us=max(25, 2.5e6 * flows / rate)).wait_running()
         found = {"resume_us": [], "all_flows_us": [], "standby_s": [], "awake_us": [], "takeover_us": []}
         known = {incident["id"] for incident in host.incidents()}
-        victim, kill_times = None, []
+        victim, resumed, complete = None, [], []
         for _ in range(kills):
             pair = host.wait_whole(not_pid=victim)
             time.sleep(0.5)
             victim = pair["active"]["pid"]
-            at = time.monotonic_ns()
-            os.kill(victim, signal.SIGKILL)
+            prober.kill(signal.SIGKILL, victim)
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
                                               one["timeline_ns"]["first_transaction"] is not None), None), 30, "the incident", 0.02)
             known.add(incident["id"])
             host.wait_whole(not_pid=victim)
-            found["standby_s"].append((time.monotonic_ns() - at) / 1e9)
+            complete.append(time.monotonic_ns())
             found["awake_us"].append(incident["timeline_ns"]["heir_awake"] / 1000)
             found["takeover_us"].append(incident["timeline_ns"]["replayed"] / 1000)
-            kill_times.append((at, incident["fence_time_ns"] + incident["timeline_ns"]["first_transaction"]))
+            resumed.append(incident["fence_time_ns"] + incident["timeline_ns"]["first_transaction"])
         pair = host.pair()
         memory = {member: _memory_kib(pair[member]["pid"]) for member in ("active", "standby")}
         standby = pair["standby"]["pid"]
@@ -75,8 +74,9 @@ def _step(world, nics, queue_pairs, kills, rate):
         time.sleep(2)
         cpu = 100 * (_cpu_seconds(standby) - before) / (time.monotonic() - since)
         seen = prober.finish()
-        for at, resumed in kill_times:
-            around = [gap for gap in seen.gaps if gap[2] > at and gap[1] < resumed + 5_000_000]
+        for (at, _), first, whole in zip(seen.kills(), resumed, complete):
+            found["standby_s"].append((whole - at) / 1e9)
+            around = [gap for gap in seen.gaps if gap[2] > at and gap[1] < first + 5_000_000]
             # From the kill to the first arrival of any flow, and to that of the last one.
             if around:
                 found["resume_us"].append((min(gap[2] for gap in around) - at) / 1000)
