@@ -225,10 +225,13 @@ nlohmann::json Supervisor::status() const {
     for (const auto& [mac, nic] : nics_)
       if (nic.pair == pair.get()) macs.push_back(mac);
     const std::uint64_t word = pair->segment().shards[0].owner.load(std::memory_order_relaxed);
+    // To an operator there are two only once the second has mapped what it would have to serve.
+    const Member* heir = pair->heir();
+    const bool alone = pair->state() == PairState::kPaired && heir != nullptr && !heir->caught_up;
     pairs.push_back({{"name", name},
-                     {"state", pair_state_name(pair->state())},
+                     {"state", pair_state_name(alone ? PairState::kSolo : pair->state())},
                      {"active", member_status(*pair, pair->owner(), true)},
-                     {"standby", member_status(*pair, pair->heir(), false)},
+                     {"standby", member_status(*pair, heir, false)},
                      {"epoch", owner_epoch(word)},
                      {"shards", config_.shards},
                      {"nics", std::move(macs)}});

@@ -35,11 +35,12 @@ struct Observed {
   bool hung = false;              ///< with a hang verdict
   Load::Count harm;               ///< of the devices of the victim's pair
   bool queues_go_on = true;       ///< every flow of the victim's pair moved again in the end
-  bool other_harmed = false;      ///< packets, silence or a failover of the other pair
+  bool other_harmed = false;      ///< packets of the other pair
   std::uint64_t damaged_bytes = 0;
   bool front_ends_connected = true;
 };
-/// The worst that applies.
+/// The worst that applies; but a store that a window let through is a class of its own, whatever became of the guest's
+/// own packets.
 OutcomeClass classify(const Observed& seen);
 
 struct Run {
