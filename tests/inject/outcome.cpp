@@ -27,11 +27,11 @@ const char* outcome_name(OutcomeClass outcome) {
 OutcomeClass classify(const Observed& seen) {
   if (!seen.injected) return OutcomeClass::kNotInjected;
   if (!seen.front_ends_connected) return OutcomeClass::kGuestHarmed;
-  if (seen.other_harmed) return OutcomeClass::kOtherHarmed;
   // The view cannot be written, so whatever was written went through a window. Without protection keys nothing stops
   // that.
-  if (seen.damaged_bytes != 0) return seen.windows_have_key ? OutcomeClass::kGuestHarmed : OutcomeClass::kWindowHit;
-  if (seen.window_hit) return OutcomeClass::kWindowHit;
+  if (seen.damaged_bytes != 0 && seen.windows_have_key) return OutcomeClass::kGuestHarmed;
+  if (seen.other_harmed) return OutcomeClass::kOtherHarmed;
+  if (seen.damaged_bytes != 0 || seen.window_hit) return OutcomeClass::kWindowHit;
   if (!seen.harm.clean() || seen.harm.stalls != 0 || !seen.queues_go_on) return OutcomeClass::kPacketHarm;
   if (!seen.died) return OutcomeClass::kNoEffect;
   return seen.hung ? OutcomeClass::kHangRecovered : OutcomeClass::kCrashRecovered;

@@ -26,7 +26,10 @@ TEST_CASE("each observation has its class, the worst one counts") {
   seen.other_harmed = true;
   CHECK(classify(seen) == OutcomeClass::kOtherHarmed);
   seen.damaged_bytes = 1;
+  CHECK(classify(seen) == OutcomeClass::kOtherHarmed);
+  seen.other_harmed = false;
   CHECK(classify(seen) == OutcomeClass::kWindowHit);
+  seen.other_harmed = true;
   seen.windows_have_key = true;
   CHECK(classify(seen) == OutcomeClass::kGuestHarmed);
   seen.windows_have_key = false;

@@ -220,6 +220,8 @@ TEST_CASE("every kind of hang is found with tandemd dead") {
         }
         ::kill(supervisor[0], SIGKILL);
         const auto dead = std::chrono::steady_clock::now().time_since_epoch();
+        // Its end takes a moment; and packets on their way may be enough for those below to come before it.
+        REQUIRE(eventually([&] { return host.processes("tandemd").empty(); }));
         if (!drill) ::kill(victim, SIGSTOP);
         const bool moved = traffic.pump_frames(100);  // the heir moves them: nobody else can
         CHECK(host.processes("tandemd").empty());
