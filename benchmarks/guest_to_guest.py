@@ -12,7 +12,7 @@ import ovs
 import tandem
 import testpmd
 from results import wanted
-from world import CannotRun, ip
+from world import CannotRun, Failed, ip
 
 BRIDGE = "br-guests"
 MACS = ("52:54:00:12:34:61", "52:54:00:12:34:62")
@@ -24,7 +24,10 @@ def _rate(world, sockets, length, seconds, listen=False):
     guests = testpmd.two_guests(world, sockets, MACS, length, BURSTS, listen)
     try:
         time.sleep(min(0.5, seconds))
-        return sum(guests.rates(seconds, port)[0] for port in (0, 1))
+        found = sum(guests.rates(seconds, port)[0] for port in (0, 1))
+        if found == 0:
+            raise Failed("no packet goes round: those that began it were lost")
+        return found
     finally:
         guests.close()
 
