@@ -187,6 +187,7 @@ class Pair {
   void look_at_heir(Member& member, std::uint32_t shard);
   void forget_watches(Member& member, bool owned);
   void forget_dead_tags();
+  // Member::caught_up, if it holds by now what is in force for every device.
   void note_caught_up(Member& member) const;
   void note_detached(std::uint32_t device, pid_t pid);
   void prune_generations(std::uint32_t device);

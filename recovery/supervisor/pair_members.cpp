@@ -114,8 +114,8 @@ void Pair::on_ready(Member& member, const ReadyBody& ready) {
   if (member.stage == Member::Stage::kArmed) step(PairEvent::kMemberReady);
 }
 
-// Everything the pair serves, the generation in force before a newer one. The channel keeps the order, so what is sent
-// here is held by the time the member is armed.
+// Everything the pair serves, the generation in force before a newer one. The channel keeps the order, so the member is
+// told of it before it is armed; mapping it takes longer (note_caught_up()).
 Status Pair::introduce(Member& member) {
   for (const auto& [device, attached] : devices_) {
     if (attached.detaching) continue;
