@@ -78,12 +78,16 @@ Walked walk_to_end(Chain& chain) {
   return {chain.id(), chain.slots(), ended};
 }
 
-// `record`: a RedoRecord, or the RedoDestination in it. In one store: the checksum reads it back in one load right
-// afterwards, which would wait for several smaller stores.
+// Made as one word, for one store: the checksum reads it back in one load right afterwards, which would wait for
+// several smaller stores.
+inline RedoUsed used_element(const Walked& chain, std::uint32_t length) {
+  return std::bit_cast<RedoUsed>(std::uint64_t{chain.id} | std::uint64_t{chain.slots} << 16 |
+                                 std::uint64_t{length} << 32);
+}
+// `record`: a RedoRecord, or the RedoDestination in it.
 template <class Record>
 void add_used(Record& record, const Walked& chain, std::uint32_t length) {
-  record.used[record.used_count++] =
-      std::bit_cast<RedoUsed>(std::uint64_t{chain.id} | std::uint64_t{chain.slots} << 16 | std::uint64_t{length} << 32);
+  record.used[record.used_count++] = used_element(chain, length);
 }
 
 }  // namespace tandem

@@ -164,6 +164,14 @@ inline bool wants_offload(const QueuePair& pair, const Outgoing& packet) {
   return asks_for_offload(packet.header) && pair.asked.bits != 0;
 }
 
+// The neighbour that a packet goes to. `packet` is our own copy: what is looked at here is what is delivered.
+inline QueuePair* find_neighbour(const QueuePair& pair, const std::byte* packet) {
+  const std::uint64_t mac = mac_word(packet);
+  for (const Neighbour& neighbour : pair.neighbours)
+    if (neighbour.mac == mac) return neighbour.pair;
+  return nullptr;
+}
+
 // Before a transmit chain is refused. `large`: of the packet that was gathered.
 template <class Queue>
 void confirm_bad_transmit(QueuePair& pair, const Queue& queue, const Progress& at, std::uint32_t frame, bool large) {

@@ -97,6 +97,18 @@ class GuestMemory {
     }
   }
 
+  class Reader;
+  class Writer;
+  /// A hint: this CPU is about to write at `at`.
+  static void prefetch_to_write(const std::byte* at) {
+#if defined(__x86_64__)
+    // The compiler's own, with the instruction set that DPDK asks for, would fetch the line to read.
+    asm volatile("prefetchw %0" : : "m"(*at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+  }
+
   /// Front-end (user) address range: vring addresses use these.
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
@@ -110,14 +122,6 @@ class GuestMemory {
 
  private:
   static constexpr std::uint32_t kCacheLine = 64;
-  static void prefetch_to_write(const std::byte* at) {
-#if defined(__x86_64__)
-    // The compiler's own, with the instruction set that DPDK asks for, would fetch the line to read.
-    asm volatile("prefetchw %0" : : "m"(*at));
-#else
-    __builtin_prefetch(at, 1);
-#endif
-  }
   struct Region {
     std::uint64_t guest_address, user_address, size;
     const std::byte* view;
@@ -150,6 +154,17 @@ class GuestMemory {
     }
     return nullptr;
   }
+  // Whether [address, address + length), of one byte or more, lies in `last`, or in another region, which `last`
+  // becomes.
+  [[nodiscard]] bool find_from(Region& last, std::uint64_t address, std::uint64_t length) const {
+    const std::uint64_t offset = address - last.guest_address;
+    if (offset < last.size && length <= last.size - offset) [[likely]]
+      return true;
+    const Region* const other = find(address, length);
+    if (other == nullptr) return false;
+    last = *other;
+    return true;
+  }
   [[nodiscard]] const Region* find_user(std::uint64_t address, std::uint64_t length) const;
 
   [[nodiscard]] std::uint64_t checksum() const {
@@ -163,6 +178,43 @@ class GuestMemory {
   std::uint64_t seal_ = 0;
   Region regions_[kMaxMemoryRegions];
   Mappings mappings_[kMaxMemoryRegions];
+};
+
+/// view() for many addresses in a row: most lie in the region that the one before lay in. Private to one burst.
+class GuestMemory::Reader {
+ public:
+  explicit Reader(const GuestMemory& memory) : memory_(memory) {
+    if (memory.count_ != 0) last_ = memory.regions_[0];
+  }
+  [[nodiscard]] const std::byte* find(std::uint64_t address, std::uint64_t length) {
+    return memory_.find_from(last_, address, length) ? last_.view + (address - last_.guest_address) : nullptr;
+  }
+  /// Whether find() rightly gave `at` for `address`.
+  [[nodiscard]] bool confirms(const std::byte* at, std::uint64_t address) const {
+    return memory_.is_view_of(at, address);
+  }
+
+ private:
+  const GuestMemory& memory_;
+  Region last_{};
+};
+
+/// The same for writing: call only with ranges that device-writable descriptors of this transaction name.
+class GuestMemory::Writer {
+ public:
+  explicit Writer(const GuestMemory& memory) : memory_(memory) {
+    if (memory.count_ != 0) last_ = memory.regions_[0];
+  }
+  [[nodiscard]] std::byte* find(std::uint64_t address, std::uint64_t length) {
+    return memory_.find_from(last_, address, length) ? last_.window + (address - last_.guest_address) : nullptr;
+  }
+  [[nodiscard]] bool confirms(const std::byte* at, std::uint64_t address) const {
+    return memory_.is_window_of(at, address);
+  }
+
+ private:
+  const GuestMemory& memory_;
+  Region last_{};
 };
 
 /// While one lives, this thread may write through windows (no-op without protection keys). Not nested.

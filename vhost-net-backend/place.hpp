@@ -204,6 +204,17 @@ template <class Queue, class Record>
   return Placed::kDone;
 }
 
+// A packet that takes one buffer, with its header of `size` bytes in front, to where the buffer is.
+[[gnu::always_inline]] inline void write_whole(std::byte* to, std::uint32_t size, const NetHeader& header,
+                                               const std::byte* packet, std::uint32_t length) {
+  std::memcpy(to, &header, sizeof header);
+  if (size == kLongHeader) {
+    static constexpr std::array<std::byte, sizeof(std::uint16_t)> kOneBuffer{std::byte{1}};  // little endian, see above
+    std::memcpy(to + kBuffersAt, kOneBuffer.data(), sizeof kOneBuffer);
+  }
+  copy_packet(to + size, packet, length);
+}
+
 // Header and packet into one buffer that lies in one region, which is what mostly happens. False if it is not so, or
 // not good, or there is none: then the general way finds out.
 template <class Queue, class Record>
@@ -217,13 +228,7 @@ template <class Queue, class Record>
   const WritableSpan window = pair.memory->authorize_some(buffer->address, whole);
   if (window.size() < whole) return false;
   must_hold(pair.memory->is_window_of(window.data(), buffer->address));
-  std::byte* const to = window.data();
-  std::memcpy(to, &header, sizeof header);
-  if (pair.header_size == kLongHeader) {
-    static constexpr std::array<std::byte, sizeof(std::uint16_t)> kOneBuffer{std::byte{1}};  // little endian, see above
-    std::memcpy(to + kBuffersAt, kOneBuffer.data(), sizeof kOneBuffer);
-  }
-  copy_packet(to + pair.header_size, packet, length);
+  write_whole(window.data(), pair.header_size, header, packet, length);
   add_used(record, {buffer->id, 1, true}, whole);
   at = {queue.next(at.position, 1), at.slots + 1};
   return true;

@@ -15,6 +15,7 @@
 #include "common/layout/redo_checksum.hpp"
 #include "vhost-net-backend/gather.hpp"
 #include "vhost-net-backend/place.hpp"
+#include "vhost-net-backend/plain_run.hpp"
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
 #include "vhost-net-backend/protection.hpp"
@@ -88,6 +89,41 @@ std::span<const RedoUsed> used_of(const Record& record) {
   return {record.used, record.used_count};
 }
 
+std::span<const RedoFrame> frames_of(const RedoRecord& record) { return {record.frames, record.frame_count}; }
+
+// Rings and records are passed by value here and below: through a reference, each store into a ring might have changed
+// what leads to the next one, as far as the compiler knows.
+
+void mark_busy(const QueuePair& pair, std::span<const RedoFrame> frames) {
+  const XskPort& port = *pair.port;
+  std::uint64_t* const busy = pair.state->transmit_busy;
+  for (const RedoFrame& entry : frames) {
+    const std::uint64_t frame = port.transmit_frame(entry.address);
+    busy[frame / 64] |= std::uint64_t{1} << (frame % 64);
+  }
+}
+
+void write_entries(XskRingView<xdp_desc> ring, std::uint32_t producer, std::span<const RedoFrame> frames) {
+  for (const RedoFrame& frame : frames) ring.at(producer++) = {frame.address, frame.length, 0};
+}
+void write_entries(XskRingView<std::uint64_t> ring, std::uint32_t producer, std::span<const RedoFrame> frames) {
+  for (const RedoFrame& frame : frames) ring.at(producer++) = frame.address;
+}
+
+bool entries_stand(XskRingView<xdp_desc> ring, std::uint32_t producer, std::span<const RedoFrame> frames) {
+  std::uint64_t differs = 0;
+  for (const RedoFrame& frame : frames) {
+    const xdp_desc& entry = ring.at(producer++);
+    differs |= (entry.addr ^ frame.address) | (entry.len ^ frame.length);
+  }
+  return differs == 0;
+}
+bool entries_stand(XskRingView<std::uint64_t> ring, std::uint32_t producer, std::span<const RedoFrame> frames) {
+  std::uint64_t differs = 0;
+  for (const RedoFrame& frame : frames) differs |= ring.at(producer++) ^ frame.address;
+  return differs == 0;
+}
+
 bool leaves_a_guest(const RedoRecord& record) { return record.kind != RedoKind::kReceive; }
 bool leaves_a_guest(const RedoDestination&) { return false; }
 
@@ -126,22 +162,13 @@ void apply_departure(QueuePair& pair, const Queue& queue) {
 template <class Queue>
 void apply_transmit(QueuePair& pair, const Queue& queue) {
   const RedoRecord& record = pair.shard->record;
-  XskPort& port = *pair.port;
-  for (std::uint32_t i = 0; i < record.frame_count; ++i) {
-    const std::uint64_t frame = port.transmit_frame(record.frames[i].address);
-    pair.state->transmit_busy[frame / 64] |= std::uint64_t{1} << (frame % 64);
-  }
+  const XskPort& port = *pair.port;
+  mark_busy(pair, frames_of(record));
   TANDEM_PROBE(kFramesMarked);
-  for (std::uint32_t i = 0; i < record.frame_count; ++i)
-    port.tx.at(record.producer_before + i) = {record.frames[i].address, record.frames[i].length, 0};
+  write_entries(port.tx, record.producer_before, frames_of(record));
   TANDEM_PROBE(kDestinationWritten);
   look_again();
-  std::uint64_t differs = 0;
-  for (std::uint32_t i = 0; i < record.frame_count; ++i) {
-    const xdp_desc& entry = port.tx.at(record.producer_before + i);
-    differs |= (entry.addr ^ record.frames[i].address) | (entry.len ^ record.frames[i].length);
-  }
-  must_hold(differs == 0);
+  must_hold(entries_stand(port.tx, record.producer_before, frames_of(record)));
   port.tx.publish(record.producer_after);
   TANDEM_PROBE(kDestinationPublished);
   apply_departure(pair, queue);
@@ -154,14 +181,10 @@ void apply_receive(QueuePair& pair, const Queue& queue) {
   XskPort& port = *pair.port;
   if (!queue.is_published(record.used_before)) give_back(record, queue);  // as in apply_departure()
   TANDEM_PROBE(kDestinationPublished);
-  for (std::uint32_t i = 0; i < record.frame_count; ++i)
-    port.fill.at(record.producer_before + i) = record.frames[i].address;
+  write_entries(port.fill, record.producer_before, frames_of(record));
   TANDEM_PROBE(kSourceWritten);
   look_again();
-  std::uint64_t differs = 0;
-  for (std::uint32_t i = 0; i < record.frame_count; ++i)
-    differs |= port.fill.at(record.producer_before + i) ^ record.frames[i].address;
-  must_hold(differs == 0);
+  must_hold(entries_stand(port.fill, record.producer_before, frames_of(record)));
   port.fill.publish(record.producer_after);
   port.rx.consume(record.consumer_after);
   TANDEM_PROBE(kSourcePublished);
@@ -213,9 +236,10 @@ void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint
 void check_taken(const RedoRecord& record, const XskPort& port, std::uint32_t taken) {
   if (record.frame_count != taken) [[unlikely]]
     return;  // an entry that names no frame of ours was among them
+  const XskRingView<xdp_desc> rx = port.rx;
   std::uint64_t differs = 0;
   for (std::uint32_t i = 0; i < taken; ++i)
-    differs |= record.frames[i].address ^ port.frame_start(port.rx.at(record.consumer_before + i).addr);
+    differs |= record.frames[i].address ^ port.frame_start(rx.at(record.consumer_before + i).addr);
   must_hold(differs == 0);
 }
 
@@ -261,14 +285,6 @@ bool may_go_on(const QueuePair& pair, VringCursors& vring, bool endless, bool st
 
 // The bursts, for either layout.
 
-// The neighbour that a packet goes to. `packet` is our own copy: what is looked at here is what is delivered.
-QueuePair* find_neighbour(const QueuePair& pair, const std::byte* packet) {
-  const std::uint64_t mac = mac_word(packet);
-  for (const Neighbour& neighbour : pair.neighbours)
-    if (neighbour.mac == mac) return neighbour.pair;
-  return nullptr;
-}
-
 // `kNeighbours`: the pair has some; the burst ends before the first packet that is for one of them.
 template <bool kNeighbours, class Queue>
 std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
@@ -285,6 +301,8 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   begin_record(pair, RedoKind::kTransmit, vring);
   record.producer_before = producer;
   FramePicker frames(pair);
+  if (!pair.has_suspects) [[likely]]
+    stage_plain_transmit<kNeighbours>(pair, queue, supply, frames, room, at);
   Lookahead ahead(*pair.memory, queue, supply, /*writable=*/false, at.position);
   const Suspected& suspect = pair.transmit_suspect;
   bool no_room = false, endless = false, drop = false;
@@ -387,6 +405,8 @@ std::uint32_t receive_into(QueuePair& pair, const Queue& queue) {
   bool endless = false, drop = false;
   {
     const WindowOpen window;
+    if (!pair.has_suspects) [[likely]]
+      taken = stage_plain_receive(pair, queue, supply, consumer, waiting, at);
     Lookahead ahead(*pair.memory, queue, supply, /*writable=*/true, at.position);
     for (; taken < waiting && !drop; ++taken) {
       ahead.at(at);

@@ -89,16 +89,20 @@ class SplitQueue {
   /// A private copy of descriptor `index`, which must be < size().
   [[nodiscard]] vring_desc descriptor(std::uint16_t index) const { return read_descriptor_once(&desc_[index]); }
 
-  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching only.
+  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching
+  /// only.
   [[nodiscard]] std::uint64_t glance(std::uint16_t position) const {
     return load_word(&desc_[avail_head(position) & mask_].addr);
   }
 
   /// Giving back: write_used() the elements, publish_used() the index; both need WindowOpen and may be repeated.
   void write_used(std::span<const RedoUsed> used, std::uint16_t before) const {
+    // As locals: the stores might change the members, as far as the compiler knows.
+    vring_used_elem* const ring = used_->ring;
+    const std::uint32_t mask = mask_;
     for (const RedoUsed& entry : used) {
       const std::uint64_t element = element_of(entry);
-      std::memcpy(&used_->ring[before++ & mask_], &element, sizeof element);
+      std::memcpy(&ring[before++ & mask], &element, sizeof element);
     }
   }
   /// Whether the elements stand where write_used() puts them; the driver may have overwritten them.

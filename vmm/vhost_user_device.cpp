@@ -11,8 +11,8 @@ namespace tandem {
 std::uint64_t default_virtio_features() noexcept {
   namespace vf = virtio_feature;
   return vf::kVersion1 | vf::kEventIdx | vf::kIndirectDesc | vf::kMrgRxbuf | vf::kMq | vf::kCtrlVq | vf::kMtu |
-         vf::kStatus | vf::kGuestAnnounce | vf::kRingPacked | vf::kCsum | vf::kHostTso4 | vf::kHostTso6 | vf::kHostEcn |
-         vf::kGuestCsum | vf::kGuestTso4 | vf::kGuestTso6 | vf::kGuestEcn | kVhostUserFProtocolFeatures;
+         vf::kStatus | vf::kGuestAnnounce | vf::kRingPacked | vf::kInOrder | vf::kCsum | vf::kHostTso4 | vf::kHostTso6 |
+         vf::kHostEcn | vf::kGuestCsum | vf::kGuestTso4 | vf::kGuestTso6 | vf::kGuestEcn | kVhostUserFProtocolFeatures;
 }
 
 std::uint64_t default_protocol_features() noexcept {

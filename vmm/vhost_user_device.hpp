@@ -67,6 +67,7 @@ inline constexpr std::uint64_t kIndirectDesc = 1ull << 28;
 inline constexpr std::uint64_t kEventIdx = 1ull << 29;
 inline constexpr std::uint64_t kVersion1 = 1ull << 32;
 inline constexpr std::uint64_t kRingPacked = kFeatureRingPacked;
+inline constexpr std::uint64_t kInOrder = 1ull << 35;  ///< 2.7.9: chains come back in the order they were offered in
 }  // namespace virtio_feature
 
 struct VhostUserDeviceConfig {

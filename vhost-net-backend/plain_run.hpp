@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// A run of plain packets: each in one direct descriptor, whole in one region of guest memory, with nothing asked of us
+// but to carry it. That is what today's drivers mostly send and offer, so a burst takes as many of them as come first,
+// in stages over all of them instead of packet by packet: descriptors are read and buffers called into the cache, then
+// payload is copied while nothing waits for memory. The first packet that is not plain ends the run, whatever is wrong
+// with it: the general way (gather.hpp, place.hpp) begins there, in the same burst, and finds out.
+//
+// Only for a queue pair without suspects. Part of queue_pair.cpp, which alone includes it. Thread: the shard's owner.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "vhost-net-backend/burst.hpp"
+#include "vhost-net-backend/descriptor_chain.hpp"
+#include "vhost-net-backend/gather.hpp"
+#include "vhost-net-backend/place.hpp"
+#include "vhost-net-backend/poison.hpp"
+#include "vhost-net-backend/probe.hpp"
+#include "vhost-net-backend/protection.hpp"
+#include "vhost-net-backend/queue_pair.hpp"
+
+namespace tandem {
+
+// Where one packet is, or is to go: one buffer of the guest.
+template <class Byte>
+struct PlainBuffer {
+  Byte* bytes;
+  std::uint64_t address;  ///< that the guest gave for it
+  std::uint32_t length;
+  std::uint16_t id;
+};
+
+// The buffer at `position`, if it is plain and has `least` bytes at least.
+template <class Queue, class Translator>
+[[gnu::always_inline]] inline bool find_plain(const Queue& queue, Translator& translator, std::uint16_t position,
+                                              std::uint32_t least, bool writable, auto& found) {
+  const auto buffer = Queue::Chain::single(queue, position, writable);
+  if (!buffer || buffer->length < least) return false;
+  // Of a buffer to be written, what is written; of one to be read, all of it.
+  const std::uint32_t length = writable ? least : buffer->length;
+  found = {translator.find(buffer->address, length), buffer->address, length, buffer->id};
+  return found.bytes != nullptr;
+}
+
+// Whether each address was translated rightly, worked out once more.
+template <class Byte, class Translator>
+[[gnu::always_inline]] inline bool are_translated(PlainBuffer<Byte>* buffers, std::uint32_t count,
+                                                  const Translator& translator) {
+  bool right = true;
+  for (std::uint32_t i = 0; i < count; ++i) right &= translator.confirms(buffers[i].bytes, buffers[i].address);
+  return right;
+}
+
+// Adds to the record what can be sent of the run that begins at `at`; `room` frames at most. Moves `at` past it.
+// `kNeighbours`: as in transmit_from().
+template <bool kNeighbours, class Queue>
+void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply,
+                          FramePicker& frames, std::uint32_t room, Progress& at) {
+  const XskPort& port = *pair.port;
+  const std::uint32_t header = pair.header_size, longest = header + port.description().max_packet;
+  const std::uint32_t frame_size = port.description().frame_size;
+  const std::uint32_t most = std::min(room, kBurstPackets);
+  PlainBuffer<const std::byte> run[kBurstPackets];
+  GuestMemory::Reader reader(*pair.memory);
+  std::uint32_t count = 0;
+  for (Progress next = at; count < most && supply.has(next.position, next.slots); ++count) {
+    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, next.position));
+    PlainBuffer<const std::byte>& buffer = run[count];
+    if (!find_plain(queue, reader, next.position, header + kShortestFrame, /*writable=*/false, buffer) ||
+        buffer.length > longest)
+      break;
+    __builtin_prefetch(buffer.bytes);
+    __builtin_prefetch(buffer.bytes + buffer.length - 1);
+    next = {queue.next(next.position, 1), next.slots + 1};
+  }
+  must_hold(are_translated(run, count, reader));
+  RedoRecord& record = pair.shard->record;
+  std::uint64_t bytes = 0;
+  std::uint32_t done = 0;
+  for (; done < count; ++done) {
+    const PlainBuffer<const std::byte>& buffer = run[done];
+    const std::uint32_t frame = frames.peek();
+    NetHeader wish;
+    std::memcpy(&wish, buffer.bytes, sizeof wish);
+    if (frame == kTransmitFrames || asks_for_offload(wish)) [[unlikely]]
+      break;
+    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, queue.next(at.position, done)));
+    const std::uint64_t address = port.transmit_address(frame);
+    const std::uint32_t length = buffer.length - header;
+    std::byte* const packet = port.frame(address, frame_size);
+    copy_packet(packet, buffer.bytes + header, length);
+    TANDEM_PROBE_PACKET(packet, length);
+    if constexpr (kNeighbours)
+      if (done != 0 && find_neighbour(pair, packet) != nullptr) break;
+    frames.take(frame);
+    record.used[done] = used_element({buffer.id, 1, true}, 0);
+    record.frames[done] = {static_cast<std::uint32_t>(address), length};
+    bytes += length;
+  }
+  record.used_count = record.frame_count = static_cast<std::uint16_t>(done);
+  record.packets_after += done;
+  record.bytes_after += bytes;
+  at = {queue.next(at.position, done), at.slots + done};
+}
+
+// Places what can be placed of the `waiting` packets of the RX ring from `consumer` on, and adds it to the record.
+// Moves `at` past it. Returns how many packets that were. Needs WindowOpen.
+template <class Queue>
+std::uint32_t stage_plain_receive(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply,
+                                  std::uint32_t consumer, std::uint32_t waiting, Progress& at) {
+  const XskPort& port = *pair.port;
+  const XskRingView<xdp_desc> rx = port.rx;
+  const std::uint32_t header = pair.header_size;
+  RedoRecord& record = pair.shard->record;
+  PlainBuffer<std::byte> run[kBurstPackets];
+  const std::byte* packets[kBurstPackets];
+  GuestMemory::Writer writer(*pair.memory);
+  std::uint64_t bytes = 0;
+  std::uint32_t count = 0;
+  for (Progress next = at; count < waiting && supply.has(next.position, next.slots); ++count) {
+    take_in_hand(pair, PacketPhase::kReceive, consumer + count);
+    const xdp_desc& entry = rx.at(consumer + count);
+    const std::uint32_t length = entry.len;
+    const std::byte* packet = packets[count] = port.frame(entry.addr, length);
+    PlainBuffer<std::byte>& buffer = run[count];
+    if (packet == nullptr || length == 0 || !port.is_receive_frame(entry.addr) ||
+        !find_plain(queue, writer, next.position, header + length, /*writable=*/true, buffer))
+      break;
+    GuestMemory::prefetch_to_write(buffer.bytes);
+    GuestMemory::prefetch_to_write(buffer.bytes + buffer.length - 1);
+    __builtin_prefetch(packet);
+    record.used[count] = used_element({buffer.id, 1, true}, buffer.length);
+    record.frames[count] = {static_cast<std::uint32_t>(port.frame_start(entry.addr)), 0};
+    bytes += length;
+    next = {queue.next(next.position, 1), next.slots + 1};
+  }
+  must_hold(are_translated(run, count, writer));
+  for (std::uint32_t i = 0; i < count; ++i) {
+    take_in_hand(pair, PacketPhase::kReceive, consumer + i);
+    const std::uint32_t length = run[i].length - header;
+    TANDEM_PROBE_PACKET(packets[i], length);
+    write_whole(run[i].bytes, header, kNoOffload, packets[i], length);
+  }
+  record.used_count = record.frame_count = static_cast<std::uint16_t>(count);
+  record.packets_after += count;
+  record.bytes_after += bytes;
+  at = {queue.next(at.position, count), at.slots + count};
+  return count;
+}
+
+}  // namespace tandem
