@@ -150,6 +150,8 @@ void Shard::poll_as_owner() {
       last_work = now;
     }
     const bool worked = poll_once();
+    if (kicks_asked_) [[unlikely]]
+      refuse_kicks();
     // What had piled up while nobody polled is moved, or that takes long: others want this CPU too.
     if (real_time_ && (!worked || now - taken_over > beat_cycles)) [[unlikely]] {
       real_time_ = false;
@@ -221,6 +223,12 @@ void Shard::sleep() {
       [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &value, sizeof value);
     }
   }
+  refuse_kicks();
+}
+
+// While we poll, a kick tells us nothing and costs the guest a system call or an exit.
+void Shard::refuse_kicks() {
+  kicks_asked_ = false;
   const WindowOpen window;
   for (QueuePair& pair : pairs_) {
     if (pair.can_transmit()) pair.transmit.queue.disable_kicks();

@@ -201,7 +201,7 @@ void Shard::rebuild_pairs() {
     }
   }
   find_neighbours();
-  epoll_stale_ = true;
+  epoll_stale_ = kicks_asked_ = true;
 }
 
 // Who reaches whom without the bridge. A queue of one device sends to one queue of another, so that each flow keeps its

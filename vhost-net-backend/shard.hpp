@@ -178,6 +178,7 @@ class Shard {
   void keep_alive();
   [[noreturn]] void livelock();
   void sleep();
+  void refuse_kicks();
   void build_epoll();
   void arm_receive_event(std::size_t pair, bool wanted);
   void note_first_transaction();
@@ -225,6 +226,7 @@ class Shard {
   std::vector<bool> receive_event_armed_;
   bool kick_fd_missing_ = false;
   bool epoll_stale_ = true;  // pairs_ have changed since it was built
+  bool kicks_asked_ = true;  // pairs_ have changed, and a driver whose ring is polled may still have to kick
   std::uint64_t transactions_at_takeover_ = 0;
   bool first_transaction_pending_ = false;
   // As heir: the handover it is to ask for, the request that stands, and what it let go as former owner.
