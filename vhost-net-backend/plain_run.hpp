@@ -53,38 +53,55 @@ template <class Byte, class Translator>
   return right;
 }
 
+// What a guest has to send: plain buffers from one position on.
+struct SourceRun {
+  PlainBuffer<const std::byte> buffers[kBurstPackets];
+  std::uint32_t count = 0;
+};
+
+// Fills `run` from `at` on, with `most` buffers at most, and calls them into the cache.
+template <class Queue>
+[[gnu::always_inline]] inline void find_source_run(const QueuePair& pair, const Queue& queue,
+                                                   const typename Queue::Supply& supply, Progress at,
+                                                   std::uint32_t most, SourceRun& run) {
+  const std::uint32_t header = pair.header_size, longest = header + pair.port->description().max_packet;
+  GuestMemory::Reader reader(*pair.memory);
+  for (; run.count < most && supply.has(at.position, at.slots); ++run.count) {
+    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, at.position));
+    PlainBuffer<const std::byte>& buffer = run.buffers[run.count];
+    if (!find_plain(queue, reader, at.position, header + kShortestFrame, /*writable=*/false, buffer) ||
+        buffer.length > longest)
+      break;
+    __builtin_prefetch(buffer.bytes);
+    __builtin_prefetch(buffer.bytes + buffer.length - 1);
+    at = {queue.next(at.position, 1), at.slots + 1};
+  }
+  must_hold(are_translated(run.buffers, run.count, reader));
+}
+
+// Whether its driver asks for more than that the packet be carried. Read once, from the guest's memory.
+inline bool asks_for_more(const PlainBuffer<const std::byte>& buffer) {
+  NetHeader wish;
+  std::memcpy(&wish, buffer.bytes, sizeof wish);
+  return asks_for_offload(wish);
+}
+
 // Adds to the record what can be sent of the run that begins at `at`; `room` frames at most. Moves `at` past it.
 // `kNeighbours`: as in transmit_from().
 template <bool kNeighbours, class Queue>
 void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply,
                           FramePicker& frames, std::uint32_t room, Progress& at) {
   const XskPort& port = *pair.port;
-  const std::uint32_t header = pair.header_size, longest = header + port.description().max_packet;
-  const std::uint32_t frame_size = port.description().frame_size;
-  const std::uint32_t most = std::min(room, kBurstPackets);
-  PlainBuffer<const std::byte> run[kBurstPackets];
-  GuestMemory::Reader reader(*pair.memory);
-  std::uint32_t count = 0;
-  for (Progress next = at; count < most && supply.has(next.position, next.slots); ++count) {
-    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, next.position));
-    PlainBuffer<const std::byte>& buffer = run[count];
-    if (!find_plain(queue, reader, next.position, header + kShortestFrame, /*writable=*/false, buffer) ||
-        buffer.length > longest)
-      break;
-    __builtin_prefetch(buffer.bytes);
-    __builtin_prefetch(buffer.bytes + buffer.length - 1);
-    next = {queue.next(next.position, 1), next.slots + 1};
-  }
-  must_hold(are_translated(run, count, reader));
+  const std::uint32_t header = pair.header_size, frame_size = port.description().frame_size;
+  SourceRun run;
+  find_source_run(pair, queue, supply, at, std::min(room, kBurstPackets), run);
   RedoRecord& record = pair.shard->record;
   std::uint64_t bytes = 0;
   std::uint32_t done = 0;
-  for (; done < count; ++done) {
-    const PlainBuffer<const std::byte>& buffer = run[done];
+  for (; done < run.count; ++done) {
+    const PlainBuffer<const std::byte>& buffer = run.buffers[done];
     const std::uint32_t frame = frames.peek();
-    NetHeader wish;
-    std::memcpy(&wish, buffer.bytes, sizeof wish);
-    if (frame == kTransmitFrames || asks_for_offload(wish)) [[unlikely]]
+    if (frame == kTransmitFrames || asks_for_more(buffer)) [[unlikely]]
       break;
     take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, queue.next(at.position, done)));
     const std::uint64_t address = port.transmit_address(frame);
@@ -103,6 +120,60 @@ void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Qu
   record.packets_after += done;
   record.bytes_after += bytes;
   at = {queue.next(at.position, done), at.slots + done};
+}
+
+// Places what can be placed of the run that begins at `at` in the receive virtqueue of `to`, from `to_at` on, as long
+// as its packets are for `to`, and adds it to both halves of the record. Straight from one guest to the other, but for
+// where a packet goes: that is read once, and what was read is what is delivered. Moves `at` and `to_at` past it.
+// Returns how many packets that were. Needs WindowOpen.
+template <class Queue, class ToQueue>
+std::uint32_t stage_plain_forward(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply,
+                                  Progress& at, QueuePair& to, const ToQueue& to_queue,
+                                  const typename ToQueue::Supply& buffers, Progress& to_at) {
+  const std::uint32_t header = pair.header_size, to_header = to.header_size;
+  SourceRun run;
+  find_source_run(pair, queue, supply, at, kBurstPackets, run);
+  PlainBuffer<std::byte> rooms[kBurstPackets];
+  GuestMemory::Writer writer(*to.memory);
+  std::uint32_t count = 0;
+  for (Progress next = to_at; count < run.count && buffers.has(next.position, next.slots); ++count) {
+    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, queue.next(at.position, count)));
+    const std::uint32_t whole = run.buffers[count].length - header + to_header;
+    if (!find_plain(to_queue, writer, next.position, whole, /*writable=*/true, rooms[count])) break;
+    GuestMemory::prefetch_to_write(rooms[count].bytes);
+    GuestMemory::prefetch_to_write(rooms[count].bytes + whole - 1);
+    next = {to_queue.next(next.position, 1), next.slots + 1};
+  }
+  must_hold(are_translated(rooms, count, writer));
+  RedoRecord& record = pair.shard->record;
+  std::uint64_t bytes = 0;
+  std::uint32_t done = 0;
+  for (; done < count; ++done) {
+    const PlainBuffer<const std::byte>& buffer = run.buffers[done];
+    take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, queue.next(at.position, done)));
+    const std::byte* const packet = buffer.bytes + header;
+    std::uint64_t first = 0;
+    std::memcpy(&first, packet, sizeof first);
+    asm volatile("" : "+r"(first));
+    if (asks_for_more(buffer) || find_neighbour(pair, reinterpret_cast<const std::byte*>(&first)) != &to) break;
+    const std::uint32_t length = buffer.length - header;
+    std::byte* const room = rooms[done].bytes;
+    write_whole(room, to_header, kNoOffload, packet, length);
+    std::memcpy(room + to_header, &first, sizeof first);
+    TANDEM_PROBE_PACKET(room + to_header, length);
+    record.used[done] = used_element({buffer.id, 1, true}, 0);
+    record.destination.used[done] = used_element({rooms[done].id, 1, true}, rooms[done].length);
+    bytes += length;
+  }
+  RedoDestination& destination = record.destination;
+  record.used_count = destination.used_count = static_cast<std::uint16_t>(done);
+  record.packets_after += done;
+  record.bytes_after += bytes;
+  destination.packets_after += done;
+  destination.bytes_after += bytes;
+  at = {queue.next(at.position, done), at.slots + done};
+  to_at = {to_queue.next(to_at.position, done), to_at.slots + done};
+  return done;
 }
 
 // Places what can be placed of the `waiting` packets of the RX ring from `consumer` on, and adds it to the record.

@@ -599,7 +599,15 @@ class Forward {
     // A neighbour that is stopped, now or since long, takes nothing: to the sender it is like a full ring.
     const bool takes = to.can_receive() && usable(*to.memory, to_queue, buffers, vring);
     Lookahead to_ahead(*to.memory, to_queue, buffers, /*writable=*/true, to_at_.position);
-    do {
+    const auto another = [&] {
+      return record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to;
+    };
+    // The packet that was read is the first of the run; if nothing could be staged of that, it is here.
+    if (takes && !pair_.has_suspects && !offload_) [[likely]] {
+      const WindowOpen window;
+      arrivals_ = stage_plain_forward(pair_, queue_, supply, at_, to, to_queue, buffers, to_at_);
+    }
+    for (bool more = arrivals_ == 0 || another(); more; more = another()) {
       if (takes) to_ahead.at(to_at_);
       Arrival arrival;
       const Placed placed = takes ? deliver(to, to_queue, buffers, arrival) : Placed::kNoBuffers;
@@ -614,7 +622,7 @@ class Forward {
       add_used(record, chain_, 0);
       at_ = {queue_.next(at_.position, chain_.slots), at_.slots + chain_.slots};
       if (packet_.large && record.bytes_after - pair_.state->transmit.bytes >= kBurstBytes) break;
-    } while (record.used_count < kBurstPackets && supply.has(at_.position, at_.slots) && read_next() == &to);
+    }
     return takes;
   }
 

@@ -4,8 +4,8 @@
 // After a planned handover the same, from an owner that lives, finished its burst and told everybody (handover.cpp).
 //
 // Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain
-// completions and notify both sides of everything, for the dead owner may have died between publishing and telling; put
-// newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the same
+// completions; move what waits; notify both sides of everything, for the dead owner may have died between publishing and
+// telling; put newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the same
 // again.
 #include <rte_cycles.h>
 
@@ -95,11 +95,9 @@ bool Shard::take_over() {
   timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
   transactions_at_takeover_ = shard.transactions.load(std::memory_order_relaxed);
   first_transaction_pending_ = true;
-  if (let_go && timeline.record_armed == 0) {
-    poll_once();  // packets first: nobody waits to be told, and reports are system calls
-  } else {
+  poll_once();  // packets first: to tell everybody takes system calls, and nobody minds hearing of both at once
+  if (!let_go || timeline.record_armed != 0)
     for (QueuePair& pair : pairs_) notify_all(pair);
-  }
   shard.takeover = timeline;
   say(TookOverEvent{timeline});
   for (std::uint32_t device = 0; device < kMaxDevices; ++device)
