@@ -142,6 +142,7 @@ void Shard::poll_as_owner() {
   const std::uint64_t round_cycles = config_.tsc_hz / 1'000'000 * kIdleRoundNanoseconds / 1000;
   const std::uint64_t taken_over = rte_rdtsc();
   std::uint64_t last_work = taken_over;
+  if (first_transaction_pending_) note_first_transaction();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
     if constexpr (kProtected) {
@@ -245,7 +246,7 @@ void Shard::note_first_transaction() {
   ShardState& shard = state();
   if (shard.transactions.load(std::memory_order_relaxed) == transactions_at_takeover_) return;
   first_transaction_pending_ = false;
-  shard.takeover.first_transaction_ns = monotonic_ns();
+  if (shard.takeover.first_transaction_ns == 0) shard.takeover.first_transaction_ns = monotonic_ns();
   say(FirstTransactionEvent{shard.takeover});
 }
 

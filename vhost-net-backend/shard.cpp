@@ -237,7 +237,11 @@ void Shard::run() {
   say(GarbageEvent{});
   while (!stop_) {
     wait_as_heir();
-    if (!stop_ && take_over()) poll_as_owner();
+    if (stop_ || !take_over()) continue;
+    // Packets first: to tell everybody takes system calls, and nobody minds hearing of both at once.
+    if (poll_once()) state().takeover.first_transaction_ns = monotonic_ns();
+    tell();
+    poll_as_owner();
   }
 }
 

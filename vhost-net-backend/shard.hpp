@@ -183,8 +183,9 @@ class Shard {
   void arm_receive_event(std::size_t pair, bool wanted);
   void note_first_transaction();
 
-  // takeover.cpp
+  // takeover.cpp: take_over() until rings and cursors are whole, tell() all whom a dead owner may not have told.
   bool take_over();
+  void tell();
   [[nodiscard]] std::uint32_t owner_of(std::uint64_t word);
   void note_handover(TakeoverTimeline& timeline);
   void adopt_generations();
@@ -229,6 +230,7 @@ class Shard {
   bool kicks_asked_ = true;  // pairs_ have changed, and a driver whose ring is polled may still have to kick
   std::uint64_t transactions_at_takeover_ = 0;
   bool first_transaction_pending_ = false;
+  bool notices_owed_ = false;
   // As heir: the handover it is to ask for, the request that stands, and what it let go as former owner.
   bool hand_over_wanted_ = false;
   std::uint64_t asked_ = 0;

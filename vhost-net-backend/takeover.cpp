@@ -4,14 +4,15 @@
 // After a planned handover the same, from an owner that lives, finished its burst and told everybody (handover.cpp).
 //
 // Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain
-// completions; move what waits; notify both sides of everything, for the dead owner may have died between publishing and
-// telling; put newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the same
-// again.
+// completions; move what waits; notify both sides of everything, for the dead owner may have died between publishing
+// and telling; put newer descriptions in force. A second death anywhere in here leaves a state from which the next heir
+// does the same again.
 #include <rte_cycles.h>
 
 #include <algorithm>
 #include <array>
 #include <span>
+#include <utility>
 
 #include "vhost-net-backend/poison.hpp"
 #include "vhost-net-backend/probe.hpp"
@@ -95,14 +96,18 @@ bool Shard::take_over() {
   timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
   transactions_at_takeover_ = shard.transactions.load(std::memory_order_relaxed);
   first_transaction_pending_ = true;
-  poll_once();  // packets first: to tell everybody takes system calls, and nobody minds hearing of both at once
-  if (!let_go || timeline.record_armed != 0)
-    for (QueuePair& pair : pairs_) notify_all(pair);
+  // An owner that let go has told everybody of all that it did.
+  notices_owed_ = !let_go || timeline.record_armed != 0;
   shard.takeover = timeline;
-  say(TookOverEvent{timeline});
+  return true;
+}
+
+void Shard::tell() {
+  if (std::exchange(notices_owed_, false))
+    for (QueuePair& pair : pairs_) notify_all(pair);
+  say(TookOverEvent{state().takeover});
   for (std::uint32_t device = 0; device < kMaxDevices; ++device)
     if (devices_[device].uplink) put_in_force(device);
-  return true;
 }
 
 // What the owner that let go has written down, and what that makes of this takeover.

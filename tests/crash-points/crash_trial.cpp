@@ -271,7 +271,7 @@ void CrashTrial::step_heirs(bool moved, bool every_instruction, RowResult& resul
       stepped::pause();  // the parent puts a snapshot in place
       ShardStepper heir = make_shard(*world_, *fence_, kHeirTag, ports, held);
       stepped::pause();
-      if (!heir.take_over()) std::abort();
+      if (!heir.take_over_and_poll()) std::abort();
       stepped::pause();
     }
   });

@@ -15,7 +15,12 @@ namespace tandem {
 // The steps of Shard::run(), for whoever drives a shard from a thread of its own.
 struct ShardSteps {
   static void run_commands(Shard& shard) { shard.run_commands(); }
-  static bool take_over(Shard& shard) { return shard.take_over(); }
+  static bool take_over(Shard& shard, bool polls) {
+    if (!shard.take_over()) return false;
+    if (polls) shard.poll_once();
+    shard.tell();
+    return true;
+  }
   static bool poll_once(Shard& shard) { return shard.poll_once(); }
   static bool work_waits(Shard& shard) { return shard.work_waits(); }
   static void ask_owner(Shard& shard) { shard.ask_owner(); }
@@ -220,7 +225,8 @@ void ShardStepper::hold(std::shared_ptr<const UplinkPorts> ports, std::vector<st
   run_commands();
 }
 
-bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_); }
+bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_, false); }
+bool ShardStepper::take_over_and_poll() { return ShardSteps::take_over(*shard_, true); }
 bool ShardStepper::work_waits() { return ShardSteps::work_waits(*shard_); }
 void ShardStepper::ask_owner() {
   post(HandOverCommand{});

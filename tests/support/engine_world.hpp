@@ -131,7 +131,9 @@ class ShardStepper {
   void run_commands();
   /// Attach, describe and arm, as a supervisor does with a new standby.
   void hold(std::shared_ptr<const UplinkPorts> ports, std::vector<std::shared_ptr<const Device>> devices);
+  /// A takeover alone, and, as Shard::run() does it, with the first round before anybody is told.
   bool take_over();
+  bool take_over_and_poll();
   /// A handover: as heir, ask the owner, and see what became of it; as owner, answer (true: it owns no more); as former
   /// owner, whether the shard is to be left to the heir that asked.
   void ask_owner();

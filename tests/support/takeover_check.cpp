@@ -74,7 +74,7 @@ Verdict take_over_and_judge(EngineWorld& world, ShardStepper& heir, Flows& flows
   const std::uint32_t vrings = 2 * world.shape().devices;
   for (std::uint32_t i = 0; i < vrings; ++i) world.calls(i);
   const bool everybody_told = let_go(world);
-  if (!heir.take_over()) {
+  if (!heir.take_over_and_poll()) {
     verdict.stopped = 1;
     return verdict;
   }

@@ -293,7 +293,7 @@ TEST_CASE("messages of a protocol feature that was not negotiated") {
 TEST_CASE("values outside what was offered or defined") {
   FrontEnd front_end;
   auto device = ready_device(front_end);
-  CHECK(mentions(reject(device, u64(R::kSetFeatures, FrontEnd::kFeatures | 1ull << 35)), "offered"));
+  CHECK(mentions(reject(device, u64(R::kSetFeatures, FrontEnd::kFeatures | 1ull << 40)), "offered"));
   CHECK(mentions(reject(device, u64(R::kSetFeatures, 1ull << 26)), "offered"));
   CHECK(mentions(reject(device, u64(R::kSetProtocolFeatures, protocol_feature::kInflightShmfd)), "offered"));
   CHECK(mentions(reject(device, u64(R::kSetStatus, 256)), "8 bits"));
