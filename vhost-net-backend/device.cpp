@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 namespace tandem {
@@ -25,6 +26,36 @@ std::vector<std::uint64_t> identify_files(const DeviceDescription& description, 
 bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
   return a.region_count == b.region_count &&
          std::memcmp(a.regions, b.regions, a.region_count * sizeof(MemoryRegion)) == 0;
+}
+
+// The most of a ring's buffers whose pages are warmed, and of each so many bytes: it is about the first moments after a
+// takeover.
+constexpr std::uint32_t kWarmBuffers = 1024;
+constexpr std::uint64_t kWarmBytes = 2048;
+
+// Has the page tables filled for a ring, and for the buffers that its descriptors name, whatever these are just now:
+// the driver of a ring that runs mostly goes on with the same ones. Otherwise a fresh heir's first packets wait for a
+// page fault each.
+void warm(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable) {
+  const WindowOpen window;
+  const std::uint64_t table_bytes = std::uint64_t{vring.size} * sizeof(vring_desc);
+  const std::uint64_t driver_bytes = packed ? 4 : 4 + 2 * std::uint64_t{vring.size} + 2;
+  const std::uint64_t device_bytes = packed ? 4 : 4 + 8 * std::uint64_t{vring.size} + 2;
+  memory.warm_ring(vring.descriptor_user_address, table_bytes);
+  memory.warm_ring(vring.avail_user_address, driver_bytes);
+  memory.warm_ring(vring.used_user_address, device_bytes);
+  const std::byte* table = memory.view_user(vring.descriptor_user_address, table_bytes);
+  if (table == nullptr) return;
+  // Address and length stand in the same places in both layouts.
+  static_assert(sizeof(vring_desc) == sizeof(vring_packed_desc) && offsetof(vring_packed_desc, len) == 8);
+  std::uint64_t last_page = ~std::uint64_t{0};
+  for (std::uint32_t i = 0; i < std::min(vring.size, kWarmBuffers); ++i) {
+    const vring_desc descriptor = read_descriptor_once(table + i * sizeof(vring_desc));
+    const std::uint64_t page = descriptor.addr / 4096;
+    if (descriptor.len == 0 || page == last_page) continue;
+    last_page = page;
+    memory.warm_buffer(descriptor.addr, std::min<std::uint64_t>(descriptor.len, kWarmBytes), writable);
+  }
 }
 
 }  // namespace
@@ -65,10 +96,12 @@ Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& desc
     if ((vring.flags & VringDescription::kHasCall) != 0) bound.call_fd = fds[next_fd++].get();
     if ((vring.flags & VringDescription::kRunning) != 0) {
       auto queue = Virtqueue::bind(*device->memory_, vring, description.features);
-      if (queue)
+      if (queue) {
         bound.queue = *queue;
-      else
+        warm(*device->memory_, vring, (description.features & kFeatureRingPacked) != 0, i % 2 == 0);
+      } else {
         problems.push_back(what + ", vring " + std::to_string(i) + ": " + queue.error().text);
+      }
     }
     device->vrings_.push_back(bound);
   }

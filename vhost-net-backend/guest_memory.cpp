@@ -208,6 +208,24 @@ const std::byte* GuestMemory::view_user(std::uint64_t address, std::uint64_t len
   return region == nullptr ? nullptr : region->view + (address - region->user_address);
 }
 
+void GuestMemory::warm_ring(std::uint64_t user_address, std::uint64_t length) const {
+  const Region* region = find_user(user_address, length);
+  if (region == nullptr) return;
+  const std::uint64_t offset = user_address - region->user_address;
+  populate(region->view + offset, length, false);
+  populate(region->window + offset, length, true);
+}
+
+void GuestMemory::warm_buffer(std::uint64_t address, std::uint64_t length, bool writable) const {
+  const Region* region = find(address, length);
+  if (region == nullptr) return;
+  const std::uint64_t offset = address - region->guest_address;
+  if (writable)
+    populate(region->window + offset, length, true);
+  else
+    populate(region->view + offset, length, false);
+}
+
 WritableSpan GuestMemory::authorize_user(std::uint64_t address, std::uint64_t length) const {
   const Region* region = find_user(address, length);
   if (region == nullptr) return {};

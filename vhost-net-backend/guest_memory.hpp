@@ -113,6 +113,12 @@ class GuestMemory {
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
 
+  /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window; or the first page
+  /// or two of a buffer, by guest addresses. Needs WindowOpen. Only the front end's, or the guest's, addresses are
+  /// wrong if they lie nowhere: then nothing happens.
+  void warm_ring(std::uint64_t user_address, std::uint64_t length) const;
+  void warm_buffer(std::uint64_t address, std::uint64_t length, bool writable) const;
+
   /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device
   /// stops.
   [[nodiscard]] bool faulted() const { return faulted_.load(std::memory_order_relaxed); }

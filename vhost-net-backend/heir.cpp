@@ -32,14 +32,19 @@ constexpr std::uint64_t kCannotDieNs = 1'000'000'000;
 }  // namespace
 
 void Shard::wait_as_heir() {
-  const UniqueFd epoll{::epoll_create1(EPOLL_CLOEXEC)};
+  // Closed when the next one is made: closing takes longer than a takeover has.
+  heir_epoll_ = UniqueFd{::epoll_create1(EPOLL_CLOEXEC)};
+  const int epoll = heir_epoll_.get();
   epoll_event event{};
   event.events = EPOLLIN;
-  for (const int fd : {wake_fd_.get(), ring_.fd(), switch_.fd()})
-    if (fd >= 0) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event);
+  for (const int fd : {wake_fd_.get(), ring_.fd(), switch_.fd()}) {
+    event.data.fd = fd;
+    if (fd >= 0) ::epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+  }
   // Edge-triggered: every ring is an edge, so neither process has to read the counter back.
   event.events = EPOLLIN | EPOLLET;
-  if (bell_) ::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, bell_.get(), &event);
+  event.data.fd = bell_.get();
+  if (bell_) ::epoll_ctl(epoll, EPOLL_CTL_ADD, bell_.get(), &event);
   while (!stop_) {
     run_commands();
     // The supervisor ends an heir that stands still.
@@ -61,13 +66,18 @@ void Shard::wait_as_heir() {
       if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
     }
     epoll_event woken[4];
-    const int count = config_.heirs == HeirWait::kPolling ? poll_as_heir(epoll.get(), woken, period, word)
-                                                          : ::epoll_wait(epoll.get(), woken, 4, period);
-    if (count < 0) continue;
-    ring_.drain();
-    switch_expired_ = switch_.drain();
-    std::uint64_t posted = 0;
-    [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &posted, sizeof posted);
+    const int count = config_.heirs == HeirWait::kPolling ? poll_as_heir(epoll, woken, period, word)
+                                                          : ::epoll_wait(epoll, woken, 4, period);
+    // Only what has something is read: an owner's death takes no system call but the one that slept.
+    for (int i = 0; i < count; ++i) {
+      std::uint64_t posted = 0;
+      if (woken[i].data.fd == ring_.fd())
+        ring_.drain();
+      else if (woken[i].data.fd == switch_.fd())
+        switch_expired_ = switch_.drain();
+      else if (woken[i].data.fd == wake_fd_.get()) [[maybe_unused]]
+        const ssize_t got = ::read(wake_fd_.get(), &posted, sizeof posted);
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // tandem-backend: one process of a pair. Started by tandemd; of no use by hand.
+#include <link.h>
 #include <rte_cycles.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
@@ -13,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/mapping.hpp"
 #include "vhost-net-backend/confinement.hpp"
 #include "vhost-net-backend/controller.hpp"
 #include "vhost-net-backend/guest_memory.hpp"
@@ -69,6 +71,21 @@ int run_shard(void* shard) {
   return 0;
 }
 
+// Code that only a takeover runs is mapped before it; else its first packet waits for a page fault every few steps. The
+// first object is this program.
+void populate_code() {
+  ::dl_iterate_phdr(
+      [](dl_phdr_info* object, std::size_t, void*) {
+        for (int i = 0; i < object->dlpi_phnum; ++i) {
+          const auto& part = object->dlpi_phdr[i];
+          if (part.p_type == PT_LOAD && (part.p_flags & PF_W) == 0)
+            tandem::populate(reinterpret_cast<const void*>(object->dlpi_addr + part.p_vaddr), part.p_memsz, false);
+        }
+        return 1;
+      },
+      nullptr);
+}
+
 tandem::Status serve(const char* program, const Options& options) {
   if (auto checked = tandem::check_unprivileged(options.allow_root); !checked) return checked;
   if (auto started = start_eal(program, options); !started) return started;
@@ -83,6 +100,7 @@ tandem::Status serve(const char* program, const Options& options) {
       return tandem::fail(tandem::ErrorKind::kSystem, "start poll thread " + std::to_string(i));
     while (shards[i]->thread_id() == 0) std::this_thread::yield();
   }
+  populate_code();
   if (auto confined = tandem::confine_backend(); !confined) return confined;
   return controller.run();
 }

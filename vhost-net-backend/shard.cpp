@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "common/mapping.hpp"
+
 namespace tandem {
 
 Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer,
@@ -50,6 +52,7 @@ void Shard::discard(std::shared_ptr<const void> object) {
 }
 
 void Shard::run_commands() {
+  if (!has_commands_.load(std::memory_order_acquire)) return;
   std::deque<ShardCommand> commands;
   {
     const std::lock_guard lock(mutex_);
@@ -62,7 +65,21 @@ void Shard::run_commands() {
 void Shard::execute(AttachCommand& command) {
   Served& served = devices_[command.uplink->device];
   discard(std::exchange(served.uplink, std::move(command.uplink)));
-  if (owner_) rebuild_pairs();
+  if (owner_)
+    rebuild_pairs();
+  else
+    warm_up(*served.uplink);
+}
+
+// What a takeover needs of this device's is to be here before it: memory for its queue pairs, and the segment's pages.
+void Shard::warm_up(const UplinkPorts& uplink) {
+  std::size_t count = 0;
+  for (const Served& served : devices_)
+    if (served.uplink) count += served.uplink->ports.size();
+  if (pairs_.capacity() < count) pairs_.resize(count);
+  pairs_.clear();
+  populate(&state(), sizeof(ShardState), true);
+  populate(&config_.segment->queue_pairs[uplink.first_queue_pair], uplink.ports.size() * sizeof(QueuePairState), true);
 }
 
 void Shard::execute(DetachCommand& command) {

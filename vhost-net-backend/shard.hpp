@@ -157,6 +157,7 @@ class Shard {
   void put_in_force(std::uint32_t device);
   void note_in_force(const Served& served, std::uint64_t generation);
   void rebuild_pairs();
+  void warm_up(const UplinkPorts& uplink);
   void find_neighbours();
   void prune(Served& served, std::uint64_t below);
   [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
@@ -206,7 +207,7 @@ class Shard {
   WakeRing ring_;
   DeadManSwitch switch_;
   UniqueFd bell_;
-  UniqueFd wake_fd_, event_fd_, epoll_;
+  UniqueFd wake_fd_, event_fd_, epoll_, heir_epoll_;
   std::atomic<std::uint32_t> thread_id_{0};
 
   std::mutex mutex_;  // guards commands_ and events_; the poll thread takes it only when has_commands_ is set
@@ -240,6 +241,7 @@ class Shard {
   std::uint32_t left_to_ = 0;
   // As heir: the owner it watches, what it was found guilty of, and since when it has slept through work.
   std::shared_ptr<Watchdog> watchdog_;
+  std::shared_ptr<Watchdog> former_watchdog_;  // of the owner it took over from, until there is time to close it
   HangVerdict verdict_ = HangVerdict::kNone;
   std::uint64_t verdict_ns_ = 0;
   IdleRounds idle_rounds_;

@@ -54,7 +54,7 @@ bool Shard::take_over() {
   TANDEM_PROBE(kTakeoverEpoch);
   owner_ = real_time_ = true;
   const bool let_go = owner == 0 && owner_epoch(found) != 0;
-  if (!let_go) watchdog_.reset();
+  if (!let_go) former_watchdog_ = std::move(watchdog_);
 
   TakeoverTimeline timeline{};
   timeline.previous_tag = owner;
@@ -105,6 +105,7 @@ bool Shard::take_over() {
 void Shard::tell() {
   if (std::exchange(notices_owed_, false))
     for (QueuePair& pair : pairs_) notify_all(pair);
+  former_watchdog_.reset();
   say(TookOverEvent{state().takeover});
   for (std::uint32_t device = 0; device < kMaxDevices; ++device)
     if (devices_[device].uplink) put_in_force(device);
