@@ -103,3 +103,6 @@ class Switch:
             os.kill(pid, signal.SIGTERM)
         for child in (self._daemon, self._server):
             self.world.forget(child)
+        # Its taps outlive it, with their addresses.
+        for tap in ("br-peer", "ovs-netdev"):
+            subprocess.run(("ip", "link", "del", tap), capture_output=True, check=False)

@@ -38,14 +38,14 @@ class RealGuest:
 
     _number = 0
 
-    def __init__(self, world, mac, netdev, is_vhost_user):
+    def __init__(self, world, mac, netdev):
         RealGuest._number += 1
         self._world = world
         folder = _files(world)
         self._console = f"console{RealGuest._number}.log"
         accelerated = is_accelerated()
-        # QEMU 7.2 without KVM crashes when a vhost-user device uses MSI-X (msix_set_vector_notifiers).
-        vectors = ",vectors=0" if is_vhost_user and not accelerated else ""
+        # QEMU 7.2 without KVM crashes when a vhost-user device uses MSI-X (msix_set_vector_notifiers): then nobody does.
+        vectors = "" if accelerated else ",vectors=0"
         words = ["taskset", "-c", str(GUEST_CORE), world.tool("qemu-system-x86_64", "qemu-system-x86"), "-machine",
                  f"q35,accel={'kvm' if accelerated else 'tcg'},memory-backend=memory", *(("-cpu", "host") if accelerated else ()),
                  "-m", "256M", "-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-nodefaults", "-display", "none",

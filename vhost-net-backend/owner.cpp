@@ -18,11 +18,10 @@ namespace tandem {
 
 namespace {
 
-// A round that finds no work takes this long at the least. Each look takes the line that the guest is about to write
-// from its CPU, so one that looks as often as it can slows the guest down: by a third, where the guest is what limits.
-constexpr std::uint64_t kIdleRoundNanoseconds = 250;
-// How long an owner polls without finding work before it goes to sleep: about the price of going to sleep and waking.
-constexpr std::uint64_t kIdleMicroseconds = 20;
+// How long an owner polls without finding work before it goes to sleep. If work came soon after that, it sleeps later
+// the next time; if it took long, sooner (as KVM polls before it halts, virt/kvm/kvm_main.c, grow_halt_poll_ns).
+constexpr std::uint64_t kLeastIdleMicroseconds = 20;
+constexpr std::uint64_t kMostIdleMicroseconds = 160;
 // What woke us, in epoll_event::data: the control thread, an heir that asks for a handover, or a file of queue pair n.
 constexpr std::uint64_t kMailbox = ~std::uint64_t{0};
 constexpr std::uint64_t kBell = kMailbox - 1;
@@ -137,9 +136,10 @@ bool Shard::poll_once() {
 
 void Shard::poll_as_owner() {
   ShardState& shard = state();
-  const std::uint64_t idle_cycles = config_.tsc_hz / 1'000'000 * kIdleMicroseconds;
+  const std::uint64_t least_idle = config_.tsc_hz / 1'000'000 * kLeastIdleMicroseconds;
+  const std::uint64_t most_idle = config_.tsc_hz / 1'000'000 * kMostIdleMicroseconds;
+  std::uint64_t idle = least_idle;
   const std::uint64_t beat_cycles = config_.tsc_hz / 1'000'000 * kBeatMicroseconds;
-  const std::uint64_t round_cycles = config_.tsc_hz / 1'000'000 * kIdleRoundNanoseconds / 1000;
   const std::uint64_t taken_over = rte_rdtsc();
   std::uint64_t last_work = taken_over;
   if (first_transaction_pending_) note_first_transaction();
@@ -165,9 +165,10 @@ void Shard::poll_as_owner() {
     if (worked) {
       last_work = now;
       if (first_transaction_pending_) note_first_transaction();
-    } else if (config_.polling == Polling::kAdaptive && now - last_work > idle_cycles) {
+    } else if (config_.polling == Polling::kAdaptive && now - last_work > idle) {
       sleep();
       last_work = rte_rdtsc();
+      idle = last_work - now < most_idle ? std::min(2 * idle, most_idle) : std::max(idle / 2, least_idle);
       // To have woken is a sign of life. Without a push here a hang in the first round after a sleep, which found work
       // and so does not push by itself, would wait for the heir's own slow look.
       if (last_work - last_beat_ > beat_cycles) {
@@ -175,8 +176,7 @@ void Shard::poll_as_owner() {
         push_switch();
       }
     } else {
-      do rte_pause();
-      while (rte_rdtsc() - now < round_cycles);
+      rte_pause();
     }
   }
 }

@@ -92,6 +92,7 @@ template <bool kNeighbours, class Queue>
 void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Queue::Supply& supply,
                           FramePicker& frames, std::uint32_t room, Progress& at) {
   const XskPort& port = *pair.port;
+  const XskFrames numbers = port.transmit_frames();
   const std::uint32_t header = pair.header_size, frame_size = port.description().frame_size;
   SourceRun run;
   find_source_run(pair, queue, supply, at, std::min(room, kBurstPackets), run);
@@ -104,7 +105,7 @@ void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Qu
     if (frame == kTransmitFrames || asks_for_more(buffer)) [[unlikely]]
       break;
     take_in_hand(pair, PacketPhase::kTransmit, transmit_position(pair, queue.next(at.position, done)));
-    const std::uint64_t address = port.transmit_address(frame);
+    const std::uint64_t address = numbers.address(frame);
     const std::uint32_t length = buffer.length - header;
     std::byte* const packet = port.frame(address, frame_size);
     copy_packet(packet, buffer.bytes + header, length);

@@ -95,10 +95,10 @@ std::span<const RedoFrame> frames_of(const RedoRecord& record) { return {record.
 // what leads to the next one, as far as the compiler knows.
 
 void mark_busy(const QueuePair& pair, std::span<const RedoFrame> frames) {
-  const XskPort& port = *pair.port;
+  const XskFrames numbers = pair.port->transmit_frames();
   std::uint64_t* const busy = pair.state->transmit_busy;
   for (const RedoFrame& entry : frames) {
-    const std::uint64_t frame = port.transmit_frame(entry.address);
+    const std::uint64_t frame = numbers.number(entry.address);
     busy[frame / 64] |= std::uint64_t{1} << (frame % 64);
   }
 }
@@ -766,9 +766,12 @@ void drain_completions(QueuePair& pair) {
   // A full ring is the most there can be; more means that the index was damaged.
   const std::uint32_t count = std::min(producer - consumer, port.completion.size());
   if (count == 0) return;
+  const XskRingView<std::uint64_t> completed = port.completion;
+  const XskFrames frames = port.transmit_frames();
+  std::uint64_t* const busy = pair.state->transmit_busy;
   for (std::uint32_t i = 0; i < count; ++i) {
-    const std::uint64_t frame = port.transmit_frame(port.completion.at(consumer + i));
-    if (frame < kTransmitFrames) pair.state->transmit_busy[frame / 64] &= ~(std::uint64_t{1} << (frame % 64));
+    const std::uint64_t frame = frames.number(completed.at(consumer + i));
+    if (frame < kTransmitFrames) busy[frame / 64] &= ~(std::uint64_t{1} << (frame % 64));
   }
   TANDEM_PROBE(kCompletionCleared);
   // Busy bits first: if we die here, the same completions are read again, and clearing twice is clearing once.

@@ -57,6 +57,14 @@ class XskRingView {
   std::uint32_t no_padding_ = 0;  // for fold()
 };
 
+/// Which transmit frame an address lies in, for many in a row: a copy of what XskPort::transmit_frame() goes by, which
+/// no store in between can change.
+struct XskFrames {
+  std::uint32_t shift, first;
+  [[nodiscard]] std::uint64_t number(std::uint64_t address) const { return (address >> shift) - first; }
+  [[nodiscard]] std::uint64_t address(std::uint32_t number) const { return (std::uint64_t{first} + number) << shift; }
+};
+
 class XskPort {
  public:
   /// Maps the four rings and the UMEM. `what` names the uplink in errors.
@@ -80,6 +88,7 @@ class XskPort {
   [[nodiscard]] std::uint64_t transmit_frame(std::uint64_t address) const {
     return (address >> frame_shift_) - description_.rx_frames;
   }
+  [[nodiscard]] XskFrames transmit_frames() const { return {frame_shift_, description_.rx_frames}; }
   [[nodiscard]] std::uint64_t frame_start(std::uint64_t address) const {
     return address >> frame_shift_ << frame_shift_;
   }
