@@ -70,7 +70,9 @@ def _scale(axes, rows):
 
 # benchmark -> [(file name, how it is drawn, which rows)]
 _PLOTS = {
-    "throughput": [("throughput.svg", _bars, lambda row: True)],
+    "throughput": [(f"throughput-{ring}-{length}.svg", _bars,
+                    lambda row, ring=ring, length=length: row["ring"] == ring and row["bytes"] == length)
+                   for ring in ("split", "packed") for length in (64, 512, 1518)],
     "failover": [("failover-cdf.svg", _distributions, lambda row: True)],
     "overhead": [("overhead.svg", _bars, lambda row: row["unit"] != "instructions/packet"),
                  ("overhead-instructions.svg", _bars, lambda row: row["unit"] == "instructions/packet")],
@@ -100,7 +102,9 @@ def _draw(pyplot, data, directory):
 
 def _section(data, plots):
     head, *rows = results.cells(data) if data["rows"] else [[]]
-    parts = [f"<h2>{html.escape(data['benchmark'])}</h2>"]
+    parts = [f"<h2>{html.escape(data['benchmark'])}</h2><pre>{html.escape(json.dumps(data['environment']))}</pre>"]
+    if data["quick"]:
+        parts.append("<p><b>Quick run: these numbers show that the program works, nothing else.</b></p>")
     parts += [f"<p><img src='{name}' alt='{html.escape(data['benchmark'])}'></p>" for name in plots]
     parts.append("<div class='wide'><table><tr>" + "".join(f"<th>{html.escape(word)}</th>" for word in head) + "</tr>")
     parts += ["<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in row) + "</tr>" for row in rows]
@@ -112,8 +116,18 @@ def _section(data, plots):
     return "\n".join(parts)
 
 
-def write(reports, directory):
-    """index.html, a JSON file for each report, and the plots. Without matplotlib the page has tables only and says so."""
+def _found_in(directory):
+    """What each benchmark's JSON file there says, in the order of _PLOTS."""
+    for name in _PLOTS:
+        path = os.path.join(directory, f"{name}.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                yield json.load(file)
+
+
+def write(report, directory):
+    """The report's JSON file, and index.html with plots of all such files there, also from other runs. Without matplotlib the
+    page has tables only and says so."""
     os.makedirs(directory, exist_ok=True)
     try:
         import matplotlib
@@ -121,14 +135,9 @@ def write(reports, directory):
         from matplotlib import pyplot
     except ImportError:
         pyplot = None
-    sections = []
-    for report in reports:
-        report.write(os.path.join(directory, f"{report.data['benchmark']}.json"))
-        if pyplot is None:
-            report.note("no plots: python3-matplotlib is not installed (benchmarks/install-peers)")
-        sections.append(_section(report.data, _draw(pyplot, report.data, directory) if pyplot else []))
-    machine = html.escape(json.dumps(reports[0].data["environment"], indent=1))
-    quick = "<p><b>Quick run: these numbers show that the programs work, nothing else.</b></p>" if reports[0].data["quick"] else ""
+        report.note("no plots: python3-matplotlib is not installed (benchmarks/install-peers)")
+    report.write(os.path.join(directory, f"{report.data['benchmark']}.json"))
+    sections = [_section(data, _draw(pyplot, data, directory) if pyplot else []) for data in _found_in(directory)]
     with open(os.path.join(directory, "index.html"), "w", encoding="utf-8") as file:
         file.write(f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>Tandem: benchmarks</title><style>{_STYLE}</style>"
-                   f"<h1>Tandem: benchmarks</h1>{quick}<pre>{machine}</pre>{''.join(sections)}</html>\n")
+                   f"<h1>Tandem: benchmarks</h1>{''.join(sections)}</html>\n")
