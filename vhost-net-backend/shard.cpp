@@ -255,7 +255,9 @@ void Shard::run() {
   while (!stop_) {
     wait_as_heir();
     if (stop_ || !take_over()) continue;
-    // Packets first: to tell everybody takes system calls, and nobody minds hearing of both at once.
+    // Packets first: to tell everybody takes system calls, and nobody minds hearing of both at once. But if packets
+    // wait that owners died on, we may not live to report it.
+    if (std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return pair.has_suspects; })) report();
     if (poll_once()) state().takeover.first_transaction_ns = monotonic_ns();
     tell();
     poll_as_owner();

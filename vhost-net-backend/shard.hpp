@@ -184,8 +184,10 @@ class Shard {
   void arm_receive_event(std::size_t pair, bool wanted);
   void note_first_transaction();
 
-  // takeover.cpp: take_over() until rings and cursors are whole, tell() all whom a dead owner may not have told.
+  // takeover.cpp: take_over() until rings and cursors are whole, report() it to the supervisor, tell() that and all
+  // whom a dead owner may not have told.
   bool take_over();
+  void report();
   void tell();
   [[nodiscard]] std::uint32_t owner_of(std::uint64_t word);
   void note_handover(TakeoverTimeline& timeline);
@@ -232,6 +234,7 @@ class Shard {
   std::uint64_t transactions_at_takeover_ = 0;
   bool first_transaction_pending_ = false;
   bool notices_owed_ = false;
+  bool report_owed_ = false;
   // As heir: the handover it is to ask for, the request that stands, and what it let go as former owner.
   bool hand_over_wanted_ = false;
   std::uint64_t asked_ = 0;

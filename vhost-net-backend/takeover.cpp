@@ -98,15 +98,21 @@ bool Shard::take_over() {
   first_transaction_pending_ = true;
   // An owner that let go has told everybody of all that it did.
   notices_owed_ = !let_go || timeline.record_armed != 0;
+  report_owed_ = true;
   shard.takeover = timeline;
   return true;
+}
+
+void Shard::report() {
+  if (!std::exchange(report_owed_, false)) return;
+  former_watchdog_.reset();
+  say(TookOverEvent{state().takeover});
 }
 
 void Shard::tell() {
   if (std::exchange(notices_owed_, false))
     for (QueuePair& pair : pairs_) notify_all(pair);
-  former_watchdog_.reset();
-  say(TookOverEvent{state().takeover});
+  report();
   for (std::uint32_t device = 0; device < kMaxDevices; ++device)
     if (devices_[device].uplink) put_in_force(device);
 }

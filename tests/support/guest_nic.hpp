@@ -56,6 +56,12 @@ class GuestNic {
   /// is counted and skipped.
   bool take(std::vector<std::byte>& packet);
 
+  /// Of chains that are made from now on.
+  void set_styles(ChainStyle transmit_style, ChainStyle receive_style) {
+    shape_.transmit = transmit_style;
+    shape_.receive = receive_style;
+  }
+
   GuestQueue receive, transmit;
 
   /// Of the packet that take() gave last, without num_buffers.
