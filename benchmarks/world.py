@@ -97,13 +97,14 @@ class World:
         if free >= HUGE_PAGES:
             return
         before = _number(_HUGE)
-        for _ in range(5):
+        for _ in range(20):
             with open(_HUGE, "w", encoding="ascii") as file:
                 file.write(str(before + HUGE_PAGES - free))
             if _free_huge_pages() >= HUGE_PAGES:
                 break
             with open("/proc/sys/vm/compact_memory", "w", encoding="ascii") as file:
                 file.write("1")
+            time.sleep(0.2)  # what other processes have just freed comes back late
         # What was there at first, and what we left: if it is another number at the end, somebody else changed it as well.
         self._huge_pages = (before if self._huge_pages is None else self._huge_pages[0], _number(_HUGE))
         if _free_huge_pages() < HUGE_PAGES:
