@@ -223,6 +223,10 @@ Status Controller::attach(std::span<const std::byte> body, std::vector<UniqueFd>
     if (!port) return cannot_attach(attach.device, port.error().text);
     uplink->ports.push_back(std::move(*port));
   }
+  // For a takeover. Here and not in poll threads, which would wait for the maps of the next uplinks.
+  auto& segment = *reinterpret_cast<Segment*>(segment_mapping_.data());
+  populate(&segment.queue_pairs[attach.first_queue_pair], attach.queue_pairs * sizeof(QueuePairState), true);
+  populate(segment.shards, shards_.size() * sizeof(ShardState), true);
   for (auto& shard : shards_) shard->post(AttachCommand{uplink});
   return {};
 }

@@ -28,15 +28,15 @@ bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
          std::memcmp(a.regions, b.regions, a.region_count * sizeof(MemoryRegion)) == 0;
 }
 
-// The most of a ring's buffers whose pages are warmed, and of each so many bytes: it is about the first moments after a
-// takeover.
-constexpr std::uint32_t kWarmBuffers = 1024;
+// The most of a device's buffers whose pages are warmed, shared out among its rings, and of each so many bytes: it is
+// about the first moments after a takeover, and each costs a system call.
+constexpr std::uint32_t kWarmBuffers = 2048;
 constexpr std::uint64_t kWarmBytes = 2048;
 
 // Has the page tables filled for a ring, and for the buffers that its descriptors name, whatever these are just now:
 // the driver of a ring that runs mostly goes on with the same ones. Otherwise a fresh heir's first packets wait for a
 // page fault each.
-void warm(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable) {
+void warm(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable, std::uint32_t most) {
   const WindowOpen window;
   const std::uint64_t table_bytes = std::uint64_t{vring.size} * sizeof(vring_desc);
   const std::uint64_t driver_bytes = packed ? 4 : 4 + 2 * std::uint64_t{vring.size} + 2;
@@ -49,7 +49,7 @@ void warm(const GuestMemory& memory, const VringDescription& vring, bool packed,
   // Address and length stand in the same places in both layouts.
   static_assert(sizeof(vring_desc) == sizeof(vring_packed_desc) && offsetof(vring_packed_desc, len) == 8);
   std::uint64_t last_page = ~std::uint64_t{0};
-  for (std::uint32_t i = 0; i < std::min(vring.size, kWarmBuffers); ++i) {
+  for (std::uint32_t i = 0; i < std::min(vring.size, most); ++i) {
     const vring_desc descriptor = read_descriptor_once(table + i * sizeof(vring_desc));
     const std::uint64_t page = descriptor.addr / 4096;
     if (descriptor.len == 0 || page == last_page) continue;
@@ -98,7 +98,13 @@ Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& desc
       auto queue = Virtqueue::bind(*device->memory_, vring, description.features);
       if (queue) {
         bound.queue = *queue;
-        warm(*device->memory_, vring, (description.features & kFeatureRingPacked) != 0, i % 2 == 0);
+        // Every start of a ring is a generation of its own: only what it started.
+        const bool known = previous != nullptr && device->memory_ == previous->memory_ &&
+                           i < previous->vrings_.size() && previous->vrings_[i].queue.bound() &&
+                           previous->vrings_[i].start_count == vring.start_count;
+        if (!known)
+          warm(*device->memory_, vring, (description.features & kFeatureRingPacked) != 0, i % 2 == 0,
+               kWarmBuffers / (2 * description.queue_pairs));
       } else {
         problems.push_back(what + ", vring " + std::to_string(i) + ": " + queue.error().text);
       }

@@ -8,8 +8,6 @@
 
 #include <algorithm>
 
-#include "common/mapping.hpp"
-
 namespace tandem {
 
 Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing ring, DeadManSwitch timer,
@@ -18,6 +16,10 @@ Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing r
   shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
+  // A takeover has no time for memory either: room for so many, and their pages.
+  constexpr std::size_t kPairsAtHand = 64;
+  shard->pairs_.resize(kPairsAtHand);
+  shard->pairs_.clear();
   return shard;
 }
 
@@ -65,21 +67,7 @@ void Shard::run_commands() {
 void Shard::execute(AttachCommand& command) {
   Served& served = devices_[command.uplink->device];
   discard(std::exchange(served.uplink, std::move(command.uplink)));
-  if (owner_)
-    rebuild_pairs();
-  else
-    warm_up(*served.uplink);
-}
-
-// What a takeover needs of this device's is to be here before it: memory for its queue pairs, and the segment's pages.
-void Shard::warm_up(const UplinkPorts& uplink) {
-  std::size_t count = 0;
-  for (const Served& served : devices_)
-    if (served.uplink) count += served.uplink->ports.size();
-  if (pairs_.capacity() < count) pairs_.resize(count);
-  pairs_.clear();
-  populate(&state(), sizeof(ShardState), true);
-  populate(&config_.segment->queue_pairs[uplink.first_queue_pair], uplink.ports.size() * sizeof(QueuePairState), true);
+  if (owner_) rebuild_pairs();
 }
 
 void Shard::execute(DetachCommand& command) {

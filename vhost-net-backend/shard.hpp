@@ -157,7 +157,6 @@ class Shard {
   void put_in_force(std::uint32_t device);
   void note_in_force(const Served& served, std::uint64_t generation);
   void rebuild_pairs();
-  void warm_up(const UplinkPorts& uplink);
   void find_neighbours();
   void prune(Served& served, std::uint64_t below);
   [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;

@@ -22,6 +22,9 @@ using namespace std::chrono_literals;
 constexpr auto kHeirLook = 250ms;
 constexpr std::uint64_t kHeirLimitNs = 1'000'000'000;
 constexpr std::uint64_t kStarvedHeirLimitNs = 5'000'000'000;
+// It looks for the first time once its control thread has mapped all that it was sent before: hundreds of uplinks and
+// virtqueues take seconds.
+constexpr std::uint64_t kFirstLookLimitNs = 10'000'000'000;
 
 }  // namespace
 
@@ -199,8 +202,9 @@ void Pair::look_at_heir(Member& member, std::uint32_t shard) {
   const ShardState& state = segment_->shards[shard];
   if (owner_tag(state.owner.load(std::memory_order_acquire)) == member.tags[shard]) return;
   const std::uint64_t now = monotonic_ns();
-  const std::uint64_t last = std::max(state.heir_beat_ns.load(std::memory_order_relaxed), member.heir_since_ns);
-  if (now < last + kHeirLimitNs) return;
+  const std::uint64_t beat = state.heir_beat_ns.load(std::memory_order_relaxed);
+  const std::uint64_t last = std::max(beat, member.heir_since_ns);
+  if (now < last + (beat > member.heir_since_ns ? kHeirLimitNs : kFirstLookLimitNs)) return;
   if (member.ended_as_hung_ns != 0) {
     if (now > member.ended_as_hung_ns + kHeirLimitNs)
       spdlog::critical("pair {}: standby {} is hung and does not die of SIGKILL: the pair has no standby until it does",
