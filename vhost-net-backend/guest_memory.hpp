@@ -114,8 +114,8 @@ class GuestMemory {
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
 
   /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window; or the first page
-  /// or two of a buffer, by guest addresses. Needs WindowOpen. Only the front end's, or the guest's, addresses are
-  /// wrong if they lie nowhere: then nothing happens.
+  /// or two of a buffer, by guest addresses. Needs WindowOpen. Addresses that lie nowhere are
+  /// left alone.
   void warm_ring(std::uint64_t user_address, std::uint64_t length) const;
   void warm_buffer(std::uint64_t address, std::uint64_t length, bool writable) const;
 
