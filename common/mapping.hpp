@@ -14,6 +14,11 @@
 
 namespace tandem {
 
+/// A page, and what one entry of a page table's next level covers. On other architectures the latter may be another
+/// size; then there is no gain.
+inline constexpr std::size_t kPage = 4096;
+inline constexpr std::size_t kLargePage = std::size_t{2} << 20;
+
 /// Unmaps its range when it goes; move-only. Units are bytes; `offset` must be a multiple of the page size.
 class Mapping {
  public:
@@ -39,6 +44,25 @@ class Mapping {
     void* base = ::mmap(nullptr, size, protection, flags, fd, offset);
     if (base == MAP_FAILED) return fail_errno("map " + what + " (" + std::to_string(size) + " bytes)");
     return Mapping{base, size};
+  }
+
+  /// The same, `fd` from its beginning, at a multiple of kLargePage: there, one entry of a page table stands for
+  /// each large page that the file has.
+  static Result<Mapping> map_large(int fd, std::size_t size, int protection, const std::string& what,
+                                   int flags = MAP_SHARED) {
+    auto room = map(-1, size + kLargePage, PROT_NONE, 0, "room for " + what,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
+    if (!room) return room;
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(room->base_) % kLargePage;
+    std::byte* const begin = room->data() + before;
+    if (::mmap(begin, size, protection, flags | MAP_FIXED, fd, 0) == MAP_FAILED)
+      return fail_errno("map " + what + " (" + std::to_string(size) + " bytes)");
+    std::byte* const end = begin + (size + kPage - 1) / kPage * kPage;
+    if (before != 0) ::munmap(room->base_, before);
+    ::munmap(end, static_cast<std::size_t>(room->data() + room->size_ - end));
+    room->base_ = begin;
+    room->size_ = size;
+    return room;
   }
 
   [[nodiscard]] std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }

@@ -121,7 +121,7 @@ bool Shard::let_go() {
   left_to_ = heir;
   left_until_ns_ = now + std::max({kLeastGraceNs, shard.spin_limit_ns.load(std::memory_order_relaxed),
                                    shard.blocked_limit_ns.load(std::memory_order_relaxed)});
-  pairs_.clear();
+  wiring_changed();  // pairs_ begin anew when it takes over again
   epoll_.reset();
   for (Served& served : devices_) discard(std::move(served.in_force));
   asleep_work_since_ns_ = 0;

@@ -62,6 +62,7 @@ void Shard::wait_as_heir() {
       // let go ourselves, and the heir that asked is on its way.
       period = kShortSleepMs;
     } else if (tag_ != 0) {
+      prepare();
       follow_request();
       if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
     }

@@ -778,6 +778,11 @@ void drain_completions(QueuePair& pair) {
   port.completion.consume(consumer + count);
 }
 
+namespace {
+
+// Frames that a dead owner's bitmap and the kernel disagree about come back within this time, or never.
+constexpr std::uint64_t kSettleLimitNs = 100'000'000;
+
 bool frames_add_up(const QueuePair& pair) {
   const XskPort& port = *pair.port;
   // Both indices count from the socket's beginning, and every frame that is posted comes back once.
@@ -789,8 +794,14 @@ bool frames_add_up(const QueuePair& pair) {
   return busy == posted;
 }
 
+}  // namespace
+
 void settle(QueuePair& pair, std::uint64_t now_ns) {
   drain_completions(pair);
+  if (pair.settling_until_ns == QueuePair::kNotLookedAt) {
+    pair.settling_until_ns = frames_add_up(pair) ? 0 : now_ns + kSettleLimitNs;
+    return;
+  }
   const bool all_back = pair.port->completion.consumer() == pair.port->tx.producer();
   if (all_back) std::fill_n(pair.state->transmit_busy, std::size(pair.state->transmit_busy), 0);
   if (all_back || now_ns >= pair.settling_until_ns) pair.settling_until_ns = 0;

@@ -70,7 +70,8 @@ struct QueuePair {
   BoundQueue receive, transmit;
   bool transmit_pending = false;  ///< the kernel has not taken everything from the TX ring yet
   /// CLOCK_MONOTONIC ns; not 0: the bitmap of busy frames is damaged, nothing is sent until the kernel has given all
-  /// back, or until then.
+  /// back, or until then. kNotLookedAt: whether it is has to be found out first.
+  static constexpr std::uint64_t kNotLookedAt = ~std::uint64_t{0};
   std::uint64_t settling_until_ns = 0;
   bool receive_starved = false;  ///< packets wait and the guest has no buffers: wait for its kick, not for the socket
   std::uint16_t starved_avail = 0;  ///< the position from which on there were none
@@ -120,10 +121,9 @@ std::uint32_t receive_burst(QueuePair& pair);
 /// Frees transmit frames that the kernel has completed. Never between arm and disarm.
 void drain_completions(QueuePair& pair);
 
-/// Whether as many frames are marked busy as the kernel has not given back. Only while the record is empty.
-bool frames_add_up(const QueuePair& pair);
-/// Ends the settling of a pair whose frames did not add up: once the kernel has none left, or at `now_ns` if that is
-/// too late; what it then still has is left to it.
+/// First look: whether as many frames are marked busy as the kernel has not given back; if not, that has to settle.
+/// Only while the record is empty. Afterwards: ends the settling once the kernel has no frame left, or at `now_ns` if
+/// that is too late; what it then still has is left to it.
 void settle(QueuePair& pair, std::uint64_t now_ns);
 
 /// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had

@@ -16,10 +16,6 @@ Result<std::unique_ptr<Shard>> Shard::make(const ShardConfig& config, WakeRing r
   shard->wake_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   shard->event_fd_ = UniqueFd{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   if (!shard->wake_fd_ || !shard->event_fd_) return fail_errno("make the shard's mailbox");
-  // A takeover has no time for memory either: room for so many, and their pages.
-  constexpr std::size_t kPairsAtHand = 64;
-  shard->pairs_.resize(kPairsAtHand);
-  shard->pairs_.clear();
   return shard;
 }
 
@@ -67,13 +63,13 @@ void Shard::run_commands() {
 void Shard::execute(AttachCommand& command) {
   Served& served = devices_[command.uplink->device];
   discard(std::exchange(served.uplink, std::move(command.uplink)));
-  if (owner_) rebuild_pairs();
+  wiring_changed();
 }
 
 void Shard::execute(DetachCommand& command) {
   Served& served = devices_[command.device];
   Served gone = std::exchange(served, {});
-  if (owner_) rebuild_pairs();
+  wiring_changed();
   discard(std::move(gone.uplink));
   discard(std::move(gone.in_force));
   for (auto& device : gone.held) discard(std::move(device));
@@ -95,7 +91,15 @@ void Shard::execute(DescribeCommand& command) {
     say(HeldEvent{index, generation});
 }
 
-void Shard::execute(PruneCommand& command) { prune(devices_[command.device], command.generation); }
+void Shard::execute(PruneCommand& command) {
+  Served& served = devices_[command.device];
+  // An heir only expects it to be in force; it looks again.
+  if (!owner_ && served.in_force && served.in_force->description().generation < command.generation) {
+    discard(std::exchange(served.in_force, nullptr));
+    wiring_changed();
+  }
+  prune(served, command.generation);
+}
 
 void Shard::execute(ArmCommand& command) {
   tag_ = command.tag;
@@ -170,8 +174,31 @@ void Shard::put_in_force(std::uint32_t device) {
   say(InForceEvent{device, generation});
 }
 
-void Shard::rebuild_pairs() {
+// Something that queue pairs point to has come or goes. An heir has time to bind them anew later (prepare()).
+void Shard::wiring_changed() {
+  if (owner_) return rebuild_pairs();
   pairs_.clear();
+  pairs_stale_ = true;
+}
+
+void Shard::rebuild_pairs() {
+  bind_pairs();
+  for (QueuePair& pair : pairs_) begin_epoch(pair);
+  epoll_stale_ = kicks_asked_ = true;
+}
+
+// What a queue pair knows of its owner, and of what it had been up to.
+void Shard::begin_epoch(QueuePair& pair) {
+  pair.epoch = epoch_;
+  pair.cursor = PacketCursor{tag_, PacketPhase::kNone, pair.index, 0}.word();
+  load_suspects(pair);
+  pair.seal = pair.checksum();
+}
+
+// Builds pairs_ of what is in force, but for begin_epoch().
+void Shard::bind_pairs() {
+  pairs_.clear();
+  pairs_stale_ = false;
   for (const Served& served : devices_) {
     if (!served.uplink || !served.in_force) continue;
     const DeviceDescription& description = served.in_force->description();
@@ -185,8 +212,6 @@ void Shard::rebuild_pairs() {
       pair.index = index;
       pair.state = &config_.segment->queue_pairs[index];
       pair.shard = &state();
-      pair.epoch = epoch_;
-      pair.cursor = PacketCursor{tag_, PacketPhase::kNone, index, 0}.word();
       pair.generation = description.generation;
       pair.memory = served.in_force->memory();
       pair.port = served.uplink->ports[n].get();
@@ -200,13 +225,11 @@ void Shard::rebuild_pairs() {
       pair.transmit = transmit;
       // Whatever was known before: look once whether the kernel still has frames to take.
       pair.transmit_pending = true;
-      load_suspects(pair);
-      pair.seal = pair.checksum();
-      pairs_.push_back(pair);
+      pair.settling_until_ns = QueuePair::kNotLookedAt;
+      pairs_.push_back(std::move(pair));
     }
   }
   find_neighbours();
-  epoll_stale_ = kicks_asked_ = true;
 }
 
 // Who reaches whom without the bridge. A queue of one device sends to one queue of another, so that each flow keeps its

@@ -156,7 +156,10 @@ class Shard {
   }
   void put_in_force(std::uint32_t device);
   void note_in_force(const Served& served, std::uint64_t generation);
+  void wiring_changed();
   void rebuild_pairs();
+  void bind_pairs();
+  void begin_epoch(QueuePair& pair);
   void find_neighbours();
   void prune(Served& served, std::uint64_t below);
   [[nodiscard]] std::uint32_t device_of(std::uint32_t queue_pair) const;
@@ -191,6 +194,7 @@ class Shard {
   [[nodiscard]] std::uint32_t owner_of(std::uint64_t word);
   void note_handover(TakeoverTimeline& timeline);
   void adopt_generations();
+  void prepare();
   std::shared_ptr<const Device> find_in_force(const Served& served, std::uint64_t& generation);
   void replay_record(TakeoverTimeline& timeline);
   void mend(bool record_pending);
@@ -224,6 +228,7 @@ class Shard {
   std::uint32_t epoch_ = 0;
   std::vector<Served> devices_{kMaxDevices};
   std::vector<QueuePair> pairs_;
+  bool pairs_stale_ = true;  // as heir: they are not of what was last seen in force
   // QueuePair::staging, of one packet at a time. Made with the shard, because a takeover has no time for it.
   std::vector<std::byte> staging_ = std::vector<std::byte>(kLargestPacketRoom + kXskLargeFrame);
   std::vector<bool> receive_event_armed_;

@@ -3,10 +3,11 @@
 //
 // After a planned handover the same, from an owner that lives, finished its burst and told everybody (handover.cpp).
 //
-// Order: take the epoch; bind the queue pairs under the generations that were in force; replay the armed record; drain
-// completions; move what waits; notify both sides of everything, for the dead owner may have died between publishing
-// and telling; put newer descriptions in force. A second death anywhere in here leaves a state from which the next heir
-// does the same again.
+// Order: take the epoch; bind the queue pairs under the generations that were in force, unless they were bound while
+// there was time (prepare()); replay the armed record; queue pair by queue pair, look what has become of its frames and
+// move what waits; notify both sides of everything, for the dead owner may have died between publishing and telling;
+// put newer descriptions in force. A second death anywhere in here leaves a state from which the next heir does the
+// same again.
 #include <rte_cycles.h>
 
 #include <algorithm>
@@ -19,13 +20,6 @@
 #include "vhost-net-backend/shard.hpp"
 
 namespace tandem {
-
-namespace {
-
-// Frames that a dead owner's bitmap and the kernel disagree about come back within this time, or never.
-constexpr std::uint64_t kSettleLimitNs = 100'000'000;
-
-}  // namespace
 
 // Whom the owner word names. If its copy names somebody else in the same epoch, a wild store hit one of the two: then
 // it is the one that an heir knows, for there are no more than two members. Nobody, or a tag that does not die, if that
@@ -87,10 +81,6 @@ bool Shard::take_over() {
   mend(/*record_pending=*/true);
   replay_record(timeline);
   mend(/*record_pending=*/false);  // the queues of a record that could not be replayed
-  for (QueuePair& pair : pairs_) {
-    drain_completions(pair);
-    if (!frames_add_up(pair)) pair.settling_until_ns = monotonic_ns() + kSettleLimitNs;
-  }
   TANDEM_PROBE(kTakeoverReplayed);
   timeline.replayed_ns = monotonic_ns();
   timeline.queue_pairs = static_cast<std::uint32_t>(pairs_.size());
@@ -157,17 +147,33 @@ void Shard::adopt_generations() {
     Served& served = devices_[device];
     if (!served.uplink) continue;
     std::uint64_t generation = 0;
-    const std::shared_ptr<const Device> device_in_force = find_in_force(served, generation);
-    if (generation == 0) continue;
-    if (!device_in_force) {
+    std::shared_ptr<const Device> in_force = find_in_force(served, generation);
+    if (in_force != served.in_force) {
+      served.in_force = std::move(in_force);
+      pairs_stale_ = true;
+    }
+    if (served.in_force)
+      note_in_force(served, generation);
+    else if (generation != 0)
       say(ProblemEvent{device, "take over: generation " + std::to_string(generation) +
                                    " of this device's description is not held here; it waits for a newer one"});
-      continue;
-    }
-    served.in_force = device_in_force;
-    note_in_force(served, generation);
   }
-  rebuild_pairs();
+  if (pairs_stale_) bind_pairs();
+  for (QueuePair& pair : pairs_) begin_epoch(pair);
+  epoll_stale_ = kicks_asked_ = true;
+}
+
+// As heir, while the owner lives: does what it can of the above. What is in force may change until the takeover, which
+// looks again.
+void Shard::prepare() {
+  for (Served& served : devices_) {
+    std::uint64_t generation = 0;
+    std::shared_ptr<const Device> in_force = served.uplink ? find_in_force(served, generation) : nullptr;
+    if (in_force == served.in_force) continue;
+    discard(std::exchange(served.in_force, std::move(in_force)));
+    pairs_stale_ = true;
+  }
+  if (pairs_stale_) bind_pairs();
 }
 
 // What may have been hit by a wild store and can be known otherwise. A stop of which the cause lasts is found again.
@@ -202,6 +208,9 @@ void Shard::mend(bool record_pending) {
 // Release: whoever reads it knows that nothing is written under an older generation any more.
 void Shard::note_in_force(const Served& served, std::uint64_t generation) {
   for_each_pair(served, [&](QueuePairState& pair) {
+    if (pair.generation_inverted.load(std::memory_order_relaxed) == ~generation &&
+        pair.generation.load(std::memory_order_relaxed) == generation)
+      return;
     pair.generation_inverted.store(~generation, std::memory_order_relaxed);
     pair.generation.store(generation, std::memory_order_release);
   });

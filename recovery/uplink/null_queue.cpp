@@ -2,20 +2,18 @@
 // Rings and frames in two memfds.
 #include "recovery/uplink/null_queue.hpp"
 
-#include <fcntl.h>
 #include <linux/if_xdp.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 
 #include "common/mapping.hpp"
+#include "recovery/uplink/sealed_memory.hpp"
 
 namespace tandem {
 namespace {
 
-constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kCacheLine = 64;
 constexpr std::uint64_t kSourceMac = 6;  // where an Ethernet header has it
 constexpr std::array<std::byte, 8> kSender = {std::byte{2},   {}, {}, {}, {}, std::byte{1}, std::byte{0x88},
@@ -34,14 +32,6 @@ XskRing place_ring(std::uint64_t& offset, std::uint32_t entries, std::size_t ent
   ring.mmap_size = ring.descriptors + entries * entry_size;
   offset = (offset + ring.mmap_size + kPage - 1) / kPage * kPage;
   return ring;
-}
-
-Result<UniqueFd> sealed_memory(const char* name, std::uint64_t size) {
-  UniqueFd memory{::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING)};
-  if (!memory || ::ftruncate(memory.get(), static_cast<off_t>(size)) != 0 ||
-      ::fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
-    return fail_errno(std::string{"make the memfd "} + name);
-  return memory;
 }
 
 Status post_frames(const XskRing& ring, const XskDescription& description, int rings) {
@@ -85,9 +75,9 @@ Result<XskQueue> make_null_queue(std::uint32_t queue, const NullQueuePlan& plan)
   description.tx = place_ring(size, kXskTxFrames, sizeof(xdp_desc));
   description.fill = place_ring(size, kXskRxFrames, sizeof(std::uint64_t));
   description.completion = place_ring(size, kXskTxFrames, sizeof(std::uint64_t));
-  auto rings = sealed_memory("tandem-null-rings", size);
+  auto rings = make_sealed_memory("tandem-null-rings", size);
   if (!rings) return within(doing, std::move(rings.error()));
-  auto umem = sealed_memory("tandem-null-umem", description.umem_size);
+  auto umem = make_frames("tandem-null-umem", description.umem_size);
   if (!umem) return within(doing, std::move(umem.error()));
   if (auto posted = post_frames(description.fill, description, rings->get()); !posted)
     return within(doing, std::move(posted.error()));

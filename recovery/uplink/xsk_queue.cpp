@@ -2,7 +2,6 @@
 // AF_XDP through system calls alone: the rings' indices are never cached in this process.
 #include "recovery/uplink/xsk_queue.hpp"
 
-#include <fcntl.h>
 #include <linux/if_xdp.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -10,6 +9,7 @@
 #include <string>
 
 #include "common/mapping.hpp"
+#include "recovery/uplink/sealed_memory.hpp"
 
 namespace tandem {
 namespace {
@@ -78,13 +78,9 @@ Result<XskQueue> XskQueue::open(std::uint32_t ifindex, std::uint32_t queue, std:
 }
 
 Status XskQueue::register_umem() {
-  umem_ = UniqueFd{::memfd_create("tandem-umem", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
-  if (!umem_) return fail_errno("make the UMEM's memfd");
-  const auto size = static_cast<off_t>(description_.umem_size);
-  if (::ftruncate(umem_.get(), size) != 0) return fail_errno("size the UMEM's memfd");
-  // No holder can shrink the file under the others' mappings, nor take the seals off.
-  if (::fcntl(umem_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
-    return fail_errno("seal the UMEM's memfd");
+  auto frames = make_frames("tandem-umem", description_.umem_size);
+  if (!frames) return tl::make_unexpected(std::move(frames.error()));
+  umem_ = std::move(*frames);
   // The kernel pins the pages; this mapping is not needed after registration.
   auto mapping = Mapping::map(umem_.get(), description_.umem_size, PROT_READ | PROT_WRITE, 0, "UMEM");
   if (!mapping) return tl::make_unexpected(std::move(mapping.error()));

@@ -15,6 +15,7 @@ namespace tandem {
 // The steps of Shard::run(), for whoever drives a shard from a thread of its own.
 struct ShardSteps {
   static void run_commands(Shard& shard) { shard.run_commands(); }
+  static void prepare(Shard& shard) { shard.prepare(); }
   static bool take_over(Shard& shard, bool polls) {
     if (!shard.take_over()) return false;
     if (polls) shard.poll_once();
@@ -223,6 +224,7 @@ void ShardStepper::hold(std::shared_ptr<const UplinkPorts> ports, std::vector<st
   for (auto& device : devices) post(DescribeCommand{std::move(device)});
   post(ArmCommand{tag_, nullptr});
   run_commands();
+  ShardSteps::prepare(*shard_);
 }
 
 bool ShardStepper::take_over() { return ShardSteps::take_over(*shard_, false); }

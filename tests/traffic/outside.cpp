@@ -132,6 +132,7 @@ class Run {
   Result<Json> report();
 
  private:
+  Status reach(const sockaddr_in& agent);
   Status fetch_arrivals(const ClockSample& last);
   void print_progress() const;
 
@@ -145,16 +146,29 @@ class Run {
   StreamResult stream_result_;
 };
 
+// A guest that is booting may answer one SYN and be gone again: the agent is there once it has answered a request.
+Status Run::reach(const sockaddr_in& agent) {
+  const auto deadline = steady_clock::now() + options_.connect_limit;
+  for (;;) {
+    const auto left = std::chrono::ceil<milliseconds>(deadline - steady_clock::now());
+    auto socket = connect_tcp(agent, std::max(left, milliseconds{1000}));
+    if (!socket) return tl::make_unexpected(std::move(socket.error()));
+    set_timeouts(socket->get(), std::chrono::seconds{30});
+    control_ = std::make_unique<ControlConnection>(std::move(*socket));
+    auto clock = compare_clocks(*control_);
+    if (clock) {
+      clock_ = *clock;
+      return {};
+    }
+    if (steady_clock::now() >= deadline) return tl::make_unexpected(std::move(clock.error()));
+    std::fprintf(stderr, "%s; connecting again\n", clock.error().text.c_str());
+  }
+}
+
 Status Run::begin() {
   auto agent = parse_address(options_.guest, kControlPort);
   if (!agent) return tl::make_unexpected(std::move(agent.error()));
-  auto socket = connect_tcp(*agent, options_.connect_limit);
-  if (!socket) return tl::make_unexpected(std::move(socket.error()));
-  set_timeouts(socket->get(), std::chrono::seconds{30});
-  control_ = std::make_unique<ControlConnection>(std::move(*socket));
-  auto clock = compare_clocks(*control_);
-  if (!clock) return tl::make_unexpected(std::move(clock.error()));
-  clock_ = *clock;
+  if (Status reached = reach(*agent); !reached) return reached;
 
   auto echo = parse_address(options_.guest, kStreamPort);
   auto stream = connect_tcp(*echo, milliseconds{5000});
