@@ -25,6 +25,8 @@ GAP_US = 25  # two and a half intervals
 # With an heir that polls on the prober's core, the prober may not keep that core: it naps between two looks.
 NAPPING = {"rate": 20_000, "gap_us": 500, "nap_us": 200}
 CAUSES = {"SIGSEGV": signal.SIGSEGV, "SIGKILL": signal.SIGKILL, "hang": signal.SIGSTOP}
+# The owner's poll thread stores where it may not, as a mistake of its own would: SIGSEGV without a sender. Peers have no such drill.
+OWN_FAULT = "bad store"
 OVS_CAUSES = ("SIGSEGV", "SIGKILL")
 PEER_LIMIT = 15  # seconds for a peer to come back
 HANG_LIMIT = 3  # seconds after which nobody is expected to notice a hang
@@ -92,8 +94,11 @@ def _kill_owners(host, world, cause, number, found, load):
             pair = host.wait_whole(not_pid=victim)
             time.sleep(1.2)  # half a second around each kill is left out of the control
             victim = pair["active"]["pid"]
-            # To its poll thread, where a bad store would hit it; the process's first thread may be waiting for a CPU.
-            prober.kill(CAUSES[cause], victim, pair["active"]["tid"] if cause == "SIGSEGV" else 0)
+            if cause == OWN_FAULT:
+                host.ask({"command": "drill", "pair": "default", "fault": "segv"})
+            else:
+                # To its poll thread, where a bad store would hit it; the process's first thread may be waiting for a CPU.
+                prober.kill(CAUSES[cause], victim, pair["active"]["tid"] if cause == "SIGSEGV" else 0)
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
                                               one["timeline_ns"]["first_transaction"] is not None), None), 20,
                                 f"the incident after {cause}", 0.02)
@@ -103,7 +108,8 @@ def _kill_owners(host, world, cause, number, found, load):
         time.sleep(0.7)
         seen = prober.finish()
         windows = []
-        for (at, done), (fenced, first, steps) in zip(seen.kills(), resumed):
+        kills = [(fenced, True) for fenced, _, _ in resumed] if cause == OWN_FAULT else seen.kills()
+        for (at, done), (fenced, first, steps) in zip(kills, resumed):
             if not done or fenced < at:
                 # Its standby had taken it for hung: a host that takes a CPU away for longer than the limit looks like that.
                 found.unasked += 1
@@ -112,7 +118,7 @@ def _kill_owners(host, world, cause, number, found, load):
             found.steps.append(steps)
         found.add(seen, windows, load["gap_us"])
         length = int(median([end - begin for begin, end in windows]) or 1_000_000)
-        found.controls += seen.control(length, [at for at, _ in seen.kills()], load["gap_us"])
+        found.controls += seen.control(length, [at for at, _ in kills], load["gap_us"])
         host.release()
     finally:
         host.close()
@@ -210,7 +216,7 @@ def _ovs(world, cause, number, found):
 
 # (system, who takes over): (how, causes, kills of each kind in a round). OVS's monitor restarts it once in 10 s at the most, so
 # each of its kills has a fresh switch.
-SYSTEMS = {("tandem", "asleep"): (_tandem, tuple(CAUSES), 5), ("tandem", "polling"): (_tandem_polling, tuple(CAUSES), 5),
+SYSTEMS = {("tandem", "asleep"): (_tandem, (OWN_FAULT, *CAUSES), 5), ("tandem", "polling"): (_tandem_polling, (OWN_FAULT, *CAUSES), 5),
            ("testpmd", "restart"): (_testpmd, tuple(CAUSES), 2), ("ovs-dpdk", "restart"): (_ovs, OVS_CAUSES, 1)}
 
 

@@ -51,15 +51,21 @@ def environment():
 class Report:
     """What one benchmark found. A row is dimensions (any keys), a system, a unit and a summary of samples."""
 
-    def __init__(self, name, quick):
+    def __init__(self, name, quick, path=None):
+        """`path`: a JSON file that is written anew with each row, so that a run cut short leaves what it has found."""
+        self.path = path
         self.data = {"benchmark": name, "quick": quick, "environment": environment(), "rows": [], "skipped": [],
                      "failed": [], "notes": []}
 
     def row(self, dimensions, system, unit, samples, **more):
         self.data["rows"].append({**dimensions, "system": system, "unit": unit, **summarize(samples), **more})
+        words = " ".join(f"{key}={_cell(value)}" for key, value in dimensions.items())
+        self.progress(f"{words}, {system}: {_cell(self.data['rows'][-1]['median'])} {unit}")
+        if self.path:
+            self.write(self.path)
 
     def progress(self, text):
-        """What is being measured now, on standard error: a benchmark takes minutes, and its table comes at the end."""
+        """What is being measured now, or was found, on standard error: a benchmark takes minutes, and its table comes at the end."""
         print(f"{self.data['benchmark']}: {text}", file=sys.stderr, flush=True)
 
     def skip(self, what, why):

@@ -29,8 +29,8 @@ bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
 }
 
 // The most of a device's buffers whose pages are warmed, shared out among its rings, and of each so many bytes: it is
-// about the first moments after a takeover, and each costs a system call.
-constexpr std::uint32_t kWarmBuffers = 2048;
+// about the first moments after a takeover, and buffers that do not adjoin cost a system call each.
+constexpr std::uint32_t kWarmBuffers = 16384;
 constexpr std::uint64_t kWarmBytes = 2048;
 
 // Has the page tables filled for a ring, and for the buffers that its descriptors name, whatever these are just now:
@@ -48,13 +48,20 @@ void warm(const GuestMemory& memory, const VringDescription& vring, bool packed,
   if (table == nullptr) return;
   // Address and length stand in the same places in both layouts.
   static_assert(sizeof(vring_desc) == sizeof(vring_packed_desc) && offsetof(vring_packed_desc, len) == 8);
-  std::uint64_t last_page = ~std::uint64_t{0};
+  std::vector<std::uint64_t> pages;
   for (std::uint32_t i = 0; i < std::min(vring.size, most); ++i) {
     const vring_desc descriptor = read_descriptor_once(table + i * sizeof(vring_desc));
-    const std::uint64_t page = descriptor.addr / 4096;
-    if (descriptor.len == 0 || page == last_page) continue;
-    last_page = page;
-    memory.warm_buffer(descriptor.addr, std::min<std::uint64_t>(descriptor.len, kWarmBytes), writable);
+    if (descriptor.len == 0) continue;
+    pages.push_back(descriptor.addr / kPage);
+    pages.push_back((descriptor.addr + std::min<std::uint64_t>(descriptor.len, kWarmBytes) - 1) / kPage);
+  }
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  for (auto first = pages.begin(); first != pages.end();) {
+    auto end = first + 1;
+    while (end != pages.end() && *end == *(end - 1) + 1) ++end;
+    memory.warm_buffers(*first * kPage, static_cast<std::uint64_t>(end - first) * kPage, writable);
+    first = end;
   }
 }
 

@@ -216,14 +216,13 @@ void GuestMemory::warm_ring(std::uint64_t user_address, std::uint64_t length) co
   populate(region->window + offset, length, true);
 }
 
-void GuestMemory::warm_buffer(std::uint64_t address, std::uint64_t length, bool writable) const {
+void GuestMemory::warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const {
   const Region* region = find(address, length);
   if (region == nullptr) return;
   const std::uint64_t offset = address - region->guest_address;
-  if (writable)
-    populate(region->window + offset, length, true);
-  else
-    populate(region->view + offset, length, false);
+  // By reading, also what is to be written: the kernel then enters the pages around each as well (fault_around_bytes),
+  // writable where the file's kind allows, as memfds and huge pages do.
+  populate(writable ? region->window + offset : region->view + offset, length, false);
 }
 
 WritableSpan GuestMemory::authorize_user(std::uint64_t address, std::uint64_t length) const {

@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <type_traits>
 
 #include "common/layout/device_description.hpp"
 #include "common/mapping.hpp"
@@ -41,6 +42,12 @@ class WritableSpan {
 };
 
 class GuestMemory {
+  struct Region {
+    std::uint64_t guest_address, user_address, size;
+    const std::byte* view;
+    std::byte* window;
+  };
+
  public:
   /// Maps all regions of `description`, whose first `region_count` descriptors are `fds`. The regions were validated by
   /// vmm/; what a mapping needs is checked again here, because a backend trusts nobody with its own address space.
@@ -97,8 +104,12 @@ class GuestMemory {
     }
   }
 
-  class Reader;
-  class Writer;
+  template <auto Base>
+  class Finder;
+  /// view() for many addresses in a row, and the same for writing: that only with ranges that device-writable
+  /// descriptors of this transaction name. Private to one burst.
+  using Reader = Finder<&Region::view>;
+  using Writer = Finder<&Region::window>;
   /// A hint: this CPU is about to write at `at`.
   static void prefetch_to_write(const std::byte* at) {
 #if defined(__x86_64__)
@@ -113,11 +124,10 @@ class GuestMemory {
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
 
-  /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window; or the first page
-  /// or two of a buffer, by guest addresses. Needs WindowOpen. Addresses that lie nowhere are
-  /// left alone.
+  /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window; or pages with
+  /// buffers, by guest addresses. Needs WindowOpen. Addresses that lie nowhere are left alone.
   void warm_ring(std::uint64_t user_address, std::uint64_t length) const;
-  void warm_buffer(std::uint64_t address, std::uint64_t length, bool writable) const;
+  void warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const;
 
   /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device
   /// stops.
@@ -128,11 +138,6 @@ class GuestMemory {
 
  private:
   static constexpr std::uint32_t kCacheLine = 64;
-  struct Region {
-    std::uint64_t guest_address, user_address, size;
-    const std::byte* view;
-    std::byte* window;
-  };
   struct Mappings {
     Mapping view, window;
   };
@@ -186,36 +191,21 @@ class GuestMemory {
   Mappings mappings_[kMaxMemoryRegions];
 };
 
-/// view() for many addresses in a row: most lie in the region that the one before lay in. Private to one burst.
-class GuestMemory::Reader {
+/// Most addresses lie in the region that the one before lay in. `Base`: where a region is mapped.
+template <auto Base>
+class GuestMemory::Finder {
  public:
-  explicit Reader(const GuestMemory& memory) : memory_(memory) {
+  explicit Finder(const GuestMemory& memory) : memory_(memory) {
     if (memory.count_ != 0) last_ = memory.regions_[0];
   }
-  [[nodiscard]] const std::byte* find(std::uint64_t address, std::uint64_t length) {
-    return memory_.find_from(last_, address, length) ? last_.view + (address - last_.guest_address) : nullptr;
+  /// Where [address, address + length) is mapped; nullptr if it is not in one region. `length` is 1 or more.
+  [[nodiscard]] auto find(std::uint64_t address, std::uint64_t length) {
+    using Bytes = std::remove_reference_t<decltype(last_.*Base)>;
+    return memory_.find_from(last_, address, length) ? last_.*Base + (address - last_.guest_address) : Bytes{nullptr};
   }
   /// Whether find() rightly gave `at` for `address`.
   [[nodiscard]] bool confirms(const std::byte* at, std::uint64_t address) const {
-    return memory_.is_view_of(at, address);
-  }
-
- private:
-  const GuestMemory& memory_;
-  Region last_{};
-};
-
-/// The same for writing: call only with ranges that device-writable descriptors of this transaction name.
-class GuestMemory::Writer {
- public:
-  explicit Writer(const GuestMemory& memory) : memory_(memory) {
-    if (memory.count_ != 0) last_ = memory.regions_[0];
-  }
-  [[nodiscard]] std::byte* find(std::uint64_t address, std::uint64_t length) {
-    return memory_.find_from(last_, address, length) ? last_.window + (address - last_.guest_address) : nullptr;
-  }
-  [[nodiscard]] bool confirms(const std::byte* at, std::uint64_t address) const {
-    return memory_.is_window_of(at, address);
+    return memory_.is_mapped_by(Base, at, address);
   }
 
  private:

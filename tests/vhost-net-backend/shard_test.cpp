@@ -173,6 +173,90 @@ TEST_CASE("an heir goes on under the generation that was in force, then puts its
   CHECK(only<InForceEvent>(heir.events()).back().generation == 2);
 }
 
+TEST_CASE("an heir binds ahead what is in force, and at the takeover what has changed since") {
+  EngineWorld world(small_world());
+  FakeFence fence;
+  ShardStepper owner(world.segment(), fence.view(), 1), heir(world.segment(), fence.view(), 2);
+  owner.hold(world.make_ports(), {world.make_device(world.describe(1))});
+  REQUIRE(owner.take_over());
+  heir.hold(world.make_ports(), {world.make_device(world.describe(1))});
+  REQUIRE(heir.pairs().size() == world.shape().queue_pairs);
+  CHECK(heir.pairs()[0].generation == 1);
+  check_serves(world, owner);
+  std::uint64_t expected = 1;
+  const auto put_in_force = [&](std::uint64_t generation) {
+    expected = generation;
+    for (ShardStepper* shard : {&heir, &owner}) {
+      shard->post(DescribeCommand{world.make_device(world.describe(generation))});
+      shard->run_commands();
+    }
+  };
+  SECTION("nothing") {}
+  SECTION("a newer generation is in force, and it has not looked since") {
+    put_in_force(2);
+    CHECK(heir.pairs()[0].generation == 1);
+  }
+  SECTION("what it bound was pruned") {
+    put_in_force(2);
+    heir.post(PruneCommand{0, 2});
+    heir.run_commands();
+    CHECK(heir.pairs().empty());
+  }
+  SECTION("its uplink came anew") {
+    heir.post(AttachCommand{world.make_ports()});
+    heir.run_commands();
+    CHECK(heir.pairs().empty());
+  }
+  const QueuePair* const bound = heir.pairs().empty() ? nullptr : heir.pairs().data();
+  fence.kill(1);
+  REQUIRE(heir.take_over());
+  REQUIRE(heir.pairs().size() == world.shape().queue_pairs);
+  if (bound != nullptr) CHECK(heir.pairs().data() == bound);  // no memory was asked for
+  CHECK(heir.pairs()[0].generation == expected);
+  CHECK(heir.pairs()[0].epoch == 2);
+  check_serves(world, heir);
+}
+
+TEST_CASE("an heir whose device is released before it takes over touches nothing of it") {
+  EngineWorld world(small_world());
+  FakeFence fence;
+  ShardStepper owner(world.segment(), fence.view(), 1), heir(world.segment(), fence.view(), 2);
+  for (ShardStepper* shard : {&owner, &heir}) shard->hold(world.make_ports(), {world.make_device(world.describe(1))});
+  REQUIRE(owner.take_over());
+  heir.post(DetachCommand{0});
+  heir.run_commands();
+  CHECK(heir.pairs().empty());
+  heir.events();
+  fence.kill(1);
+  send_from_guest(world, kFlow, 0, 1);
+  REQUIRE(heir.take_over());
+  CHECK(heir.pairs().empty());
+  CHECK_FALSE(heir.poll_once());
+}
+
+TEST_CASE("an owner that always polls tells its drivers not to kick, from its first round on") {
+  EngineWorld world(small_world(feature::kVersion1));
+  FakeFence fence;
+  GuestQueue& driver = world.nics[0].transmit;
+  send_from_guest(world, kFlow, 0, 1);
+  REQUIRE(driver.kick_wanted());
+  RunningShard owner(world, fence, 1, Polling::kAlways);
+  REQUIRE(owner.heard<TookOverEvent>());
+  const std::uint64_t give_up = monotonic_ns() + 10'000'000'000u;
+  std::uint32_t sent = 1;
+  bool wanted = true;
+  while (wanted && monotonic_ns() < give_up) {
+    while (world.kernels[0].send()) {
+    }
+    world.kernels[0].complete();
+    world.nics[0].reap();
+    if (send_from_guest(world, kFlow, sent, 1) == 0) continue;  // the ring is full until the owner comes by
+    ++sent;
+    wanted = driver.kick_wanted();
+  }
+  CHECK_FALSE(wanted);
+}
+
 TEST_CASE("an heir that does not hold the generation in force says so and leaves the rings alone") {
   EngineWorld world(small_world());
   FakeFence fence;
