@@ -13,6 +13,11 @@ namespace tandem {
 
 namespace {
 
+// A standby fills its page tables for the buffers in use so often, and so soon after a description: a ring that was
+// just started has none yet.
+constexpr std::uint64_t kWarmEveryNs = 10'000'000'000;
+constexpr std::uint64_t kWarmSoonNs = 1'000'000'000;
+
 template <class Body>
 bool read_body(std::span<const std::byte> bytes, Body& body) {
   if (bytes.size() < sizeof body) return false;
@@ -129,7 +134,13 @@ Status Controller::run() {
   std::vector<pollfd> files{{channel_.fd(), POLLIN, 0}};
   for (const auto& shard : shards_) files.push_back({shard->event_fd(), POLLIN, 0});
   for (;;) {
-    if (::poll(files.data(), files.size(), -1) < 0) continue;
+    if (monotonic_ns() >= warm_at_ns_) {
+      if (!owns()) warm();
+      warm_at_ns_ = monotonic_ns() + kWarmEveryNs;
+    }
+    const std::uint64_t now = monotonic_ns();
+    const std::uint64_t left_ns = warm_at_ns_ > now ? warm_at_ns_ - now : 0;
+    if (::poll(files.data(), files.size(), static_cast<int>(left_ns / 1'000'000 + 1)) < 0) continue;
     if (files[0].revents != 0) {
       bool would_block = false;
       auto message = channel_.receive(&would_block);
@@ -149,6 +160,17 @@ Status Controller::run() {
       for (ShardEvent& event : shards_[i]->take_events()) relay(i, event);
     }
   }
+}
+
+bool Controller::owns() const {
+  for (std::size_t i = 0; i < tags_.size(); ++i)
+    if (tags_[i] != 0 && owner_tag(segment_->shards[i].owner.load(std::memory_order_relaxed)) == tags_[i]) return true;
+  return false;
+}
+
+void Controller::warm() {
+  for (const auto& device : newest_)
+    if (device) device->warm();
 }
 
 Status Controller::obey(ChannelMessage message) {
@@ -181,6 +203,8 @@ Status Controller::obey(ChannelMessage message) {
         peer = std::make_shared<Watchdog>(std::move(message.fds[0]), static_cast<pid_t>(arm.peer_pid),
                                           static_cast<pid_t>(arm.peer_tid), arm.peer_tag);
       armed_ = true;
+      tags_.resize(shards_.size());
+      tags_[arm.shard] = arm.tag;
       shards_[arm.shard]->post(ArmCommand{arm.tag, std::move(peer)});
       return {};
     }
@@ -257,6 +281,7 @@ Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueF
     if (!device) return within("describe", std::move(device.error()));
   }
   newest_[description.device] = *device;
+  warm_at_ns_ = std::min(warm_at_ns_, monotonic_ns() + kWarmSoonNs);
   for (auto& shard : shards_) shard->post(DescribeCommand{*device});
   return {};
 }

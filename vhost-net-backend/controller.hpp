@@ -32,6 +32,8 @@ class Controller {
 
  private:
   Status obey(ChannelMessage message);
+  [[nodiscard]] bool owns() const;
+  void warm();
   Status attach(std::span<const std::byte> body, std::vector<UniqueFd> fds);
   Status cannot_attach(std::uint32_t device, const std::string& why);
   Status describe(std::span<const std::byte> body, std::vector<UniqueFd> fds);
@@ -46,7 +48,9 @@ class Controller {
   Segment* segment_ = nullptr;
   FenceView fence_;
   std::vector<std::unique_ptr<Shard>> shards_;
-  bool armed_ = false;  ///< some shard may own
+  bool armed_ = false;               ///< some shard may own
+  std::uint64_t warm_at_ns_ = 0;     ///< CLOCK_MONOTONIC: when to warm() next
+  std::vector<std::uint32_t> tags_;  ///< of each shard's thread; 0: it may not own
   // The newest generation of each device, whose memory mappings the next one may share.
   std::vector<std::shared_ptr<const Device>> newest_{kMaxDevices};
 };

@@ -30,13 +30,14 @@ bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
 
 // The most of a device's buffers whose pages are warmed, shared out among its rings, and of each so many bytes: it is
 // about the first moments after a takeover, and buffers that do not adjoin cost a system call each.
-constexpr std::uint32_t kWarmBuffers = 16384;
+constexpr std::uint32_t kWarmBuffers = 65536;
 constexpr std::uint64_t kWarmBytes = 2048;
 
 // Has the page tables filled for a ring, and for the buffers that its descriptors name, whatever these are just now:
 // the driver of a ring that runs mostly goes on with the same ones. Otherwise a fresh heir's first packets wait for a
 // page fault each.
-void warm(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable, std::uint32_t most) {
+void warm_vring(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable,
+                std::uint32_t most) {
   const WindowOpen window;
   const std::uint64_t table_bytes = std::uint64_t{vring.size} * sizeof(vring_desc);
   const std::uint64_t driver_bytes = packed ? 4 : 4 + 2 * std::uint64_t{vring.size} + 2;
@@ -52,8 +53,10 @@ void warm(const GuestMemory& memory, const VringDescription& vring, bool packed,
   for (std::uint32_t i = 0; i < std::min(vring.size, most); ++i) {
     const vring_desc descriptor = read_descriptor_once(table + i * sizeof(vring_desc));
     if (descriptor.len == 0) continue;
-    pages.push_back(descriptor.addr / kPage);
-    pages.push_back((descriptor.addr + std::min<std::uint64_t>(descriptor.len, kWarmBytes) - 1) / kPage);
+    const std::uint64_t first = descriptor.addr / kPage;
+    const std::uint64_t last = (descriptor.addr + std::min<std::uint64_t>(descriptor.len, kWarmBytes) - 1) / kPage;
+    pages.push_back(first);
+    if (last != first) pages.push_back(last);
   }
   std::sort(pages.begin(), pages.end());
   pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
@@ -66,6 +69,16 @@ void warm(const GuestMemory& memory, const VringDescription& vring, bool packed,
 }
 
 }  // namespace
+
+void Device::warm(std::uint32_t vring) const {
+  warm_vring(*memory_, description_.vrings[vring], (description_.features & kFeatureRingPacked) != 0, vring % 2 == 0,
+             kWarmBuffers / (2 * description_.queue_pairs));
+}
+
+void Device::warm() const {
+  for (std::uint32_t i = 0; i < vrings_.size(); ++i)
+    if (vrings_[i].queue.bound()) warm(i);
+}
 
 Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& description, std::vector<UniqueFd> fds,
                                                    const Device* previous, std::vector<std::string>& problems) {
@@ -109,9 +122,7 @@ Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& desc
         const bool known = previous != nullptr && device->memory_ == previous->memory_ &&
                            i < previous->vrings_.size() && previous->vrings_[i].queue.bound() &&
                            previous->vrings_[i].start_count == vring.start_count;
-        if (!known)
-          warm(*device->memory_, vring, (description.features & kFeatureRingPacked) != 0, i % 2 == 0,
-               kWarmBuffers / (2 * description.queue_pairs));
+        if (!known) device->warm(i);
       } else {
         problems.push_back(what + ", vring " + std::to_string(i) + ": " + queue.error().text);
       }

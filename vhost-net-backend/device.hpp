@@ -30,9 +30,13 @@ class Device {
   [[nodiscard]] const GuestMemory* memory() const { return memory_.get(); }
   /// vring 2n: receive, 2n+1: transmit; unbound if not running.
   [[nodiscard]] const BoundQueue& vring(std::uint32_t index) const { return vrings_[index]; }
+  /// Has the page tables filled for the buffers that stand in the running vrings just now: what a ring's driver puts
+  /// there after its start, and then goes on with. Control thread; some milliseconds at the most.
+  void warm() const;
 
  private:
   Device() = default;
+  void warm(std::uint32_t vring) const;
   DeviceDescription description_{};
   std::vector<UniqueFd> fds_;
   std::vector<std::uint64_t> region_files_;  // (device, inode) of each region, to recognise unchanged memory
