@@ -88,12 +88,14 @@ def _kill_owners(host, world, cause, number, found, load):
         host.provide({tandem.MAC: "null='loopback'"})
         prober = Prober(world, [host.socket()], **load).wait_running()
         resumed = []  # for each kill: the fence's mark, the heir's first packet after it, and the parts of the takeover
+        drilled = []  # for each drill: when, and whether the owner died of that
         known = {incident["id"] for incident in host.incidents()}
         victim = None
         for _ in range(number):
             pair = host.wait_whole(not_pid=victim)
             time.sleep(1.2)  # half a second around each kill is left out of the control
             victim = pair["active"]["pid"]
+            asked = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             if cause == OWN_FAULT:
                 host.ask({"command": "drill", "pair": "default", "fault": "segv"})
             else:
@@ -102,13 +104,14 @@ def _kill_owners(host, world, cause, number, found, load):
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
                                               one["timeline_ns"]["first_transaction"] is not None), None), 20,
                                 f"the incident after {cause}", 0.02)
-            known |= {incident["id"] for incident in host.incidents()}
+            known |= {one["id"] for one in host.incidents()}
+            drilled.append((asked, incident["timeline_ns"]["hang_verdict"] is None))
             resumed.append((incident["fence_time_ns"], incident["timeline_ns"]["first_transaction"], _steps(incident)))
         host.wait_whole(not_pid=victim)
         time.sleep(0.7)
         seen = prober.finish()
         windows = []
-        kills = [(fenced, True) for fenced, _, _ in resumed] if cause == OWN_FAULT else seen.kills()
+        kills = drilled if cause == OWN_FAULT else seen.kills()
         for (at, done), (fenced, first, steps) in zip(kills, resumed):
             if not done or fenced < at:
                 # Its standby had taken it for hung: a host that takes a CPU away for longer than the limit looks like that.

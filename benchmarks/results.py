@@ -81,9 +81,11 @@ class Report:
             self.data["notes"].append(text)
 
     def write(self, path):
-        with open(path, "w", encoding="utf-8") as file:
+        beside = f"{path}.new"
+        with open(beside, "w", encoding="utf-8") as file:
             json.dump(self.data, file, indent=1)
             file.write("\n")
+        os.replace(beside, path)
 
 
 # Keys of a row that are not dimensions; what else a row has is printed as a column if it is a plain value.

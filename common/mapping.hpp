@@ -14,9 +14,8 @@
 
 namespace tandem {
 
-/// A page, and what one entry of a page table's next level covers. On other architectures the latter may be another
-/// size; then there is no gain.
-inline constexpr std::size_t kPage = 4096;
+/// A large page: what one entry of a page table's second level covers with small pages of 4 KiB. With others it is
+/// another size, and nothing is gained.
 inline constexpr std::size_t kLargePage = std::size_t{2} << 20;
 
 /// Unmaps its range when it goes; move-only. Units are bytes; `offset` must be a multiple of the page size.
@@ -50,14 +49,15 @@ class Mapping {
   /// each large page that the file has.
   static Result<Mapping> map_large(int fd, std::size_t size, int protection, const std::string& what,
                                    int flags = MAP_SHARED) {
-    auto room = map(-1, size + kLargePage, PROT_NONE, 0, "room for " + what,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
+    auto room =
+        map(-1, size + kLargePage, PROT_NONE, 0, "room for " + what, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE);
     if (!room) return room;
     const std::size_t before = -reinterpret_cast<std::uintptr_t>(room->base_) % kLargePage;
     std::byte* const begin = room->data() + before;
     if (::mmap(begin, size, protection, flags | MAP_FIXED, fd, 0) == MAP_FAILED)
       return fail_errno("map " + what + " (" + std::to_string(size) + " bytes)");
-    std::byte* const end = begin + (size + kPage - 1) / kPage * kPage;
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    std::byte* const end = begin + (size + page - 1) / page * page;
     if (before != 0) ::munmap(room->base_, before);
     ::munmap(end, static_cast<std::size_t>(room->data() + room->size_ - end));
     room->base_ = begin;

@@ -13,9 +13,9 @@ namespace tandem {
 
 namespace {
 
-// A standby fills its page tables for the buffers in use so often, and so soon after a description: a ring that was
-// just started has none yet.
+// How often a standby warms the buffers in use.
 constexpr std::uint64_t kWarmEveryNs = 10'000'000'000;
+// How soon after a description: a ring that was just started names none yet.
 constexpr std::uint64_t kWarmSoonNs = 1'000'000'000;
 
 template <class Body>
@@ -134,13 +134,9 @@ Status Controller::run() {
   std::vector<pollfd> files{{channel_.fd(), POLLIN, 0}};
   for (const auto& shard : shards_) files.push_back({shard->event_fd(), POLLIN, 0});
   for (;;) {
-    if (monotonic_ns() >= warm_at_ns_) {
-      if (!owns()) warm();
-      warm_at_ns_ = monotonic_ns() + kWarmEveryNs;
-    }
-    const std::uint64_t now = monotonic_ns();
-    const std::uint64_t left_ns = warm_at_ns_ > now ? warm_at_ns_ - now : 0;
-    if (::poll(files.data(), files.size(), static_cast<int>(left_ns / 1'000'000 + 1)) < 0) continue;
+    const int ready = ::poll(files.data(), files.size(), until_warming_ms());
+    if (ready == 0) warm_some();
+    if (ready <= 0) continue;
     if (files[0].revents != 0) {
       bool would_block = false;
       auto message = channel_.receive(&would_block);
@@ -162,15 +158,31 @@ Status Controller::run() {
   }
 }
 
+// Whether there is nothing that it is an heir of.
 bool Controller::owns() const {
-  for (std::size_t i = 0; i < tags_.size(); ++i)
-    if (tags_[i] != 0 && owner_tag(segment_->shards[i].owner.load(std::memory_order_relaxed)) == tags_[i]) return true;
-  return false;
+  for (std::size_t i = 0; i < shards_.size(); ++i)
+    if (tags_.size() <= i || tags_[i] == 0 ||
+        owner_tag(segment_->shards[i].owner.load(std::memory_order_relaxed)) != tags_[i])
+      return false;
+  return true;
 }
 
-void Controller::warm() {
-  for (const auto& device : newest_)
-    if (device) device->warm();
+int Controller::until_warming_ms() const {
+  const std::uint64_t now = monotonic_ns();
+  return now >= warm_at_ns_ ? 0 : static_cast<int>((warm_at_ns_ - now) / 1'000'000 + 1);
+}
+
+// One virtqueue at a time, whenever nobody wants anything: no message waits for longer.
+void Controller::warm_some() {
+  if (monotonic_ns() < warm_at_ns_) return;
+  if (owns()) warm_device_ = kMaxDevices;
+  for (; warm_device_ < kMaxDevices; ++warm_device_, warm_vring_ = 0) {
+    const auto& device = newest_[warm_device_];
+    while (device && warm_vring_ < 2 * device->description().queue_pairs)
+      if (device->warm_buffers(warm_vring_++)) return;
+  }
+  warm_device_ = 0;
+  warm_at_ns_ = monotonic_ns() + kWarmEveryNs;
 }
 
 Status Controller::obey(ChannelMessage message) {

@@ -33,7 +33,8 @@ class Controller {
  private:
   Status obey(ChannelMessage message);
   [[nodiscard]] bool owns() const;
-  void warm();
+  [[nodiscard]] int until_warming_ms() const;
+  void warm_some();
   Status attach(std::span<const std::byte> body, std::vector<UniqueFd> fds);
   Status cannot_attach(std::uint32_t device, const std::string& why);
   Status describe(std::span<const std::byte> body, std::vector<UniqueFd> fds);
@@ -48,8 +49,10 @@ class Controller {
   Segment* segment_ = nullptr;
   FenceView fence_;
   std::vector<std::unique_ptr<Shard>> shards_;
-  bool armed_ = false;               ///< some shard may own
-  std::uint64_t warm_at_ns_ = 0;     ///< CLOCK_MONOTONIC: when to warm() next
+  bool armed_ = false;  ///< some shard may own
+  // When to begin warming buffers again (CLOCK_MONOTONIC), and how far this round of it has come.
+  std::uint64_t warm_at_ns_ = 0;
+  std::uint32_t warm_device_ = 0, warm_vring_ = 0;
   std::vector<std::uint32_t> tags_;  ///< of each shard's thread; 0: it may not own
   // The newest generation of each device, whose memory mappings the next one may share.
   std::vector<std::shared_ptr<const Device>> newest_{kMaxDevices};

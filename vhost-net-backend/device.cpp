@@ -28,29 +28,27 @@ bool same_regions(const DeviceDescription& a, const DeviceDescription& b) {
          std::memcmp(a.regions, b.regions, a.region_count * sizeof(MemoryRegion)) == 0;
 }
 
-// The most of a device's buffers whose pages are warmed, shared out among its rings, and of each so many bytes: it is
-// about the first moments after a takeover, and buffers that do not adjoin cost a system call each.
-constexpr std::uint32_t kWarmBuffers = 65536;
+constexpr std::uint64_t kPage = 4096;
+// Of so many of a virtqueue's buffers, and of each of so many bytes, the pages are warmed: it is about the first
+// moments after a takeover, and where buffers do not adjoin each page takes two system calls.
+constexpr std::uint32_t kWarmBuffers = 4096;
 constexpr std::uint64_t kWarmBytes = 2048;
 
-// Has the page tables filled for a ring, and for the buffers that its descriptors name, whatever these are just now:
-// the driver of a ring that runs mostly goes on with the same ones. Otherwise a fresh heir's first packets wait for a
-// page fault each.
-void warm_vring(const GuestMemory& memory, const VringDescription& vring, bool packed, bool writable,
-                std::uint32_t most) {
+std::uint64_t table_bytes(const VringDescription& vring) { return std::uint64_t{vring.size} * sizeof(vring_desc); }
+
+void warm_ring(const GuestMemory& memory, const VringDescription& vring, bool packed) {
   const WindowOpen window;
-  const std::uint64_t table_bytes = std::uint64_t{vring.size} * sizeof(vring_desc);
-  const std::uint64_t driver_bytes = packed ? 4 : 4 + 2 * std::uint64_t{vring.size} + 2;
-  const std::uint64_t device_bytes = packed ? 4 : 4 + 8 * std::uint64_t{vring.size} + 2;
-  memory.warm_ring(vring.descriptor_user_address, table_bytes);
-  memory.warm_ring(vring.avail_user_address, driver_bytes);
-  memory.warm_ring(vring.used_user_address, device_bytes);
-  const std::byte* table = memory.view_user(vring.descriptor_user_address, table_bytes);
-  if (table == nullptr) return;
+  memory.warm_ring(vring.descriptor_user_address, table_bytes(vring));
+  memory.warm_ring(vring.avail_user_address, packed ? 4 : 4 + 2 * std::uint64_t{vring.size} + 2);
+  memory.warm_ring(vring.used_user_address, packed ? 4 : 4 + 8 * std::uint64_t{vring.size} + 2);
+}
+
+// Numbers of the pages that a virtqueue's descriptors name, in order, whether they are offered just now or not.
+std::vector<std::uint64_t> buffer_pages(const std::byte* table, std::uint32_t size) {
   // Address and length stand in the same places in both layouts.
   static_assert(sizeof(vring_desc) == sizeof(vring_packed_desc) && offsetof(vring_packed_desc, len) == 8);
   std::vector<std::uint64_t> pages;
-  for (std::uint32_t i = 0; i < std::min(vring.size, most); ++i) {
+  for (std::uint32_t i = 0; i < std::min(size, kWarmBuffers); ++i) {
     const vring_desc descriptor = read_descriptor_once(table + i * sizeof(vring_desc));
     if (descriptor.len == 0) continue;
     const std::uint64_t first = descriptor.addr / kPage;
@@ -60,24 +58,25 @@ void warm_vring(const GuestMemory& memory, const VringDescription& vring, bool p
   }
   std::sort(pages.begin(), pages.end());
   pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
-  for (auto first = pages.begin(); first != pages.end();) {
-    auto end = first + 1;
-    while (end != pages.end() && *end == *(end - 1) + 1) ++end;
-    memory.warm_buffers(*first * kPage, static_cast<std::uint64_t>(end - first) * kPage, writable);
-    first = end;
-  }
+  return pages;
 }
 
 }  // namespace
 
-void Device::warm(std::uint32_t vring) const {
-  warm_vring(*memory_, description_.vrings[vring], (description_.features & kFeatureRingPacked) != 0, vring % 2 == 0,
-             kWarmBuffers / (2 * description_.queue_pairs));
-}
-
-void Device::warm() const {
-  for (std::uint32_t i = 0; i < vrings_.size(); ++i)
-    if (vrings_[i].queue.bound()) warm(i);
+bool Device::warm_buffers(std::uint32_t vring) const {
+  if (vring >= vrings_.size() || !vrings_[vring].queue.bound()) return false;
+  const VringDescription& description = description_.vrings[vring];
+  const std::byte* table = memory_->view_user(description.descriptor_user_address, table_bytes(description));
+  if (table == nullptr) return false;
+  const bool writable = vring % 2 == 0;
+  const std::vector<std::uint64_t> pages = buffer_pages(table, description.size);
+  for (auto first = pages.begin(); first != pages.end();) {
+    auto end = first + 1;
+    while (end != pages.end() && *end == *(end - 1) + 1) ++end;
+    memory_->warm_buffers(*first * kPage, static_cast<std::uint64_t>(end - first) * kPage, writable);
+    first = end;
+  }
+  return true;
 }
 
 Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& description, std::vector<UniqueFd> fds,
@@ -122,7 +121,7 @@ Result<std::shared_ptr<const Device>> Device::make(const DeviceDescription& desc
         const bool known = previous != nullptr && device->memory_ == previous->memory_ &&
                            i < previous->vrings_.size() && previous->vrings_[i].queue.bound() &&
                            previous->vrings_[i].start_count == vring.start_count;
-        if (!known) device->warm(i);
+        if (!known) warm_ring(*device->memory_, vring, (description.features & kFeatureRingPacked) != 0);
       } else {
         problems.push_back(what + ", vring " + std::to_string(i) + ": " + queue.error().text);
       }

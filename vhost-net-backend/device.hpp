@@ -30,13 +30,13 @@ class Device {
   [[nodiscard]] const GuestMemory* memory() const { return memory_.get(); }
   /// vring 2n: receive, 2n+1: transmit; unbound if not running.
   [[nodiscard]] const BoundQueue& vring(std::uint32_t index) const { return vrings_[index]; }
-  /// Has the page tables filled for the buffers that stand in the running vrings just now: what a ring's driver puts
-  /// there after its start, and then goes on with. Control thread; some milliseconds at the most.
-  void warm() const;
+  /// Has the page tables filled for the buffers that a running vring names just now: what its driver puts there after
+  /// the start, and then mostly goes on with. Otherwise a fresh heir's packets wait for a page fault each. Control
+  /// thread; about a millisecond, ten for a hostile guest. False: the vring does not run.
+  bool warm_buffers(std::uint32_t vring) const;
 
  private:
   Device() = default;
-  void warm(std::uint32_t vring) const;
   DeviceDescription description_{};
   std::vector<UniqueFd> fds_;
   std::vector<std::uint64_t> region_files_;  // (device, inode) of each region, to recognise unchanged memory

@@ -12,6 +12,7 @@
 #include <csignal>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "vhost-net-backend/protection.hpp"
 
@@ -217,12 +218,31 @@ void GuestMemory::warm_ring(std::uint64_t user_address, std::uint64_t length) co
 }
 
 void GuestMemory::warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const {
-  const Region* region = find(address, length);
-  if (region == nullptr) return;
-  const std::uint64_t offset = address - region->guest_address;
-  // By reading, also what is to be written: the kernel then enters the pages around each as well (fault_around_bytes),
-  // writable where the file's kind allows, as memfds and huge pages do.
-  populate(writable ? region->window + offset : region->view + offset, length, false);
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> resident;
+  while (length != 0) {
+    const Region* region = find(address, 1);
+    const std::uint64_t offset = region == nullptr ? 0 : address - region->guest_address;
+    const std::uint64_t piece =
+        region == nullptr ? std::min<std::uint64_t>(page, length) : std::min(length, region->size - offset);
+    if (region != nullptr && offset % page == 0) {
+      // Memory that the guest has given back (a balloon) stays so. Of hugetlbfs this tells only what was touched here,
+      // which is no loss: it takes few faults.
+      resident.resize((piece + page - 1) / page);
+      const std::byte* const base = writable ? region->window + offset : region->view + offset;
+      if (::mincore(const_cast<std::byte*>(base), piece, resident.data()) != 0) return;
+      // By reading, also what is to be written: the kernel then enters the pages around each as well
+      // (fault_around_bytes), writable where the file's kind allows, as memfds do.
+      for (std::size_t first = 0; first < resident.size();) {
+        std::size_t end = first;
+        while (end < resident.size() && (resident[end] & 1) != 0) ++end;
+        if (end != first) populate(base + first * page, (end - first) * page, false);
+        first = end + 1;
+      }
+    }
+    address += piece;
+    length -= piece;
+  }
 }
 
 WritableSpan GuestMemory::authorize_user(std::uint64_t address, std::uint64_t length) const {

@@ -124,8 +124,9 @@ class GuestMemory {
   [[nodiscard]] const std::byte* view_user(std::uint64_t address, std::uint64_t length) const;
   [[nodiscard]] WritableSpan authorize_user(std::uint64_t address, std::uint64_t length) const;
 
-  /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window; or pages with
-  /// buffers, by guest addresses. Needs WindowOpen. Addresses that lie nowhere are left alone.
+  /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window (needs
+  /// WindowOpen); or pages with buffers, by guest addresses, as far as the guest has memory there. Addresses that lie
+  /// nowhere are left alone.
   void warm_ring(std::uint64_t user_address, std::uint64_t length) const;
   void warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const;
 

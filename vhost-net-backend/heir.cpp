@@ -45,6 +45,7 @@ void Shard::wait_as_heir() {
   event.events = EPOLLIN | EPOLLET;
   event.data.fd = bell_.get();
   if (bell_) ::epoll_ctl(epoll, EPOLL_CTL_ADD, bell_.get(), &event);
+  bool quiet = false;
   while (!stop_) {
     run_commands();
     // The supervisor ends an heir that stands still.
@@ -62,13 +63,15 @@ void Shard::wait_as_heir() {
       // let go ourselves, and the heir that asked is on its way.
       period = kShortSleepMs;
     } else if (tag_ != 0) {
-      prepare();
+      // Not while changes are coming: each would have it bind all of them once more, on the owner's CPU.
+      if (quiet) prepare();
       follow_request();
       if (watchdog_ && watchdog_->tag() == owner_tag(word)) watch_owner();
     }
     epoll_event woken[4];
     const int count = config_.heirs == HeirWait::kPolling ? poll_as_heir(epoll, woken, period, word)
                                                           : ::epoll_wait(epoll, woken, 4, period);
+    quiet = count == 0;
     // Only what has something is read: an owner's death takes no system call but the one that slept.
     for (int i = 0; i < count; ++i) {
       std::uint64_t posted = 0;

@@ -117,11 +117,11 @@ bool Shard::poll_once() {
   bool worked = false;
   for (QueuePair& pair : pairs_) {
     if (pair.port->in_memory()) pair.port->play_kernel();
+    if (pair.settling_until_ns != 0) [[unlikely]]
+      settle(pair, monotonic_ns());
     const bool suspects = pair.has_suspects;
     if (suspects) [[unlikely]]
       look_at_suspects(pair);
-    if (pair.settling_until_ns != 0) [[unlikely]]
-      settle(pair, monotonic_ns());
     if (pair.transmit_pending) pair.transmit_pending = !pair.port->wake_transmit();
     bool moved = false;
     if (pair.can_transmit()) moved |= transmit_burst(pair) != 0;

@@ -121,9 +121,10 @@ std::uint32_t receive_burst(QueuePair& pair);
 /// Frees transmit frames that the kernel has completed. Never between arm and disarm.
 void drain_completions(QueuePair& pair);
 
-/// First look: whether as many frames are marked busy as the kernel has not given back; if not, that has to settle.
-/// Only while the record is empty. Afterwards: ends the settling once the kernel has no frame left, or at `now_ns` if
-/// that is too late; what it then still has is left to it.
+/// Takes what the kernel has given back. Then, if nobody has looked yet (kNotLookedAt): whether as many frames are
+/// marked busy as the kernel still has; if not, that has to settle. Only while the record is empty. Else: ends the
+/// settling if the kernel has no frame left, or it is too late for that at `now_ns`; what it then still has is left to
+/// it.
 void settle(QueuePair& pair, std::uint64_t now_ns);
 
 /// Interrupts the guest for both queues and lets the kernel transmit: after a takeover, whatever the dead owner had

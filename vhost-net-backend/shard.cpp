@@ -181,9 +181,16 @@ void Shard::wiring_changed() {
   pairs_stale_ = true;
 }
 
+// As owner: what it has found out about frames stays true.
 void Shard::rebuild_pairs() {
+  std::vector<std::pair<std::uint32_t, std::uint64_t>> settling;
+  for (const QueuePair& pair : pairs_) settling.emplace_back(pair.index, pair.settling_until_ns);
   bind_pairs();
-  for (QueuePair& pair : pairs_) begin_epoch(pair);
+  for (QueuePair& pair : pairs_) {
+    begin_epoch(pair);
+    for (const auto& [index, until_ns] : settling)
+      if (index == pair.index) pair.settling_until_ns = until_ns;
+  }
   epoll_stale_ = kicks_asked_ = true;
 }
 
@@ -226,6 +233,7 @@ void Shard::bind_pairs() {
       // Whatever was known before: look once whether the kernel still has frames to take.
       pair.transmit_pending = true;
       pair.settling_until_ns = QueuePair::kNotLookedAt;
+      pair.seal = pair.checksum();
       pairs_.push_back(std::move(pair));
     }
   }

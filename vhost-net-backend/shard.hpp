@@ -121,7 +121,8 @@ class Shard {
  private:
   friend struct ShardSteps;  // tests/support: drives run()'s steps one at a time, in the caller's thread
 
-  // One device as this shard knows it. `held` is ordered by generation; the one in force is among them.
+  // One device as this shard knows it. `held` is ordered by generation; the one in force is among them. To an heir that
+  // is the one which it has last seen in force.
   struct Served {
     std::shared_ptr<const UplinkPorts> uplink;
     std::vector<std::shared_ptr<const Device>> held;

@@ -158,7 +158,9 @@ void Shard::adopt_generations() {
       say(ProblemEvent{device, "take over: generation " + std::to_string(generation) +
                                    " of this device's description is not held here; it waits for a newer one"});
   }
-  if (pairs_stale_) bind_pairs();
+  // What was bound long ago may have been hit by a stray store since.
+  if (pairs_stale_ || !std::all_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return pair.is_wired(); }))
+    bind_pairs();
   for (QueuePair& pair : pairs_) begin_epoch(pair);
   epoll_stale_ = kicks_asked_ = true;
 }

@@ -14,6 +14,7 @@
 namespace tandem {
 namespace {
 
+constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kCacheLine = 64;
 constexpr std::uint64_t kSourceMac = 6;  // where an Ethernet header has it
 constexpr std::array<std::byte, 8> kSender = {std::byte{2},   {}, {}, {}, {}, std::byte{1}, std::byte{0x88},

@@ -27,12 +27,14 @@ Result<UniqueFd> make_frames(const char* name, std::uint64_t size) {
   if (!memory) return memory;
   auto mapping = Mapping::map_large(memory->get(), size, PROT_READ | PROT_WRITE, name);
   if (!mapping) return tl::make_unexpected(std::move(mapping.error()));
-  populate(mapping->data(), size, true);
-  // Before anybody pins them. Without memory to spare, or before Linux 6.1, they stay small.
+    // Before anybody pins them. Only what has a page is collapsed, and each page that it has is copied: one of each.
+    // Without memory to spare, or before Linux 6.1, they stay small.
 #ifndef MADV_COLLAPSE
   constexpr int MADV_COLLAPSE = 25;  // asm-generic/mman-common.h
 #endif
+  for (std::uint64_t at = 0; at < size; at += kLargePage) populate(mapping->data() + at, 1, true);
   ::madvise(mapping->data(), size, MADV_COLLAPSE);
+  populate(mapping->data(), size, true);
   return memory;
 }
 

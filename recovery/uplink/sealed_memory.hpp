@@ -14,7 +14,7 @@ namespace tandem {
 Result<UniqueFd> make_sealed_memory(const char* name, std::uint64_t size);
 
 /// The same for a UMEM, in large pages where the kernel has some: three processes map it, and with small ones the page
-/// tables of each take 4 KiB for every 2 MiB. All of it is allocated, as registration would do.
+/// tables of each take 4 KiB for every 2 MiB. All of it is allocated, as registration would do, unless memory is short.
 Result<UniqueFd> make_frames(const char* name, std::uint64_t size);
 
 }  // namespace tandem

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <optional>
 
 #include "tests/crash-points/single_step.hpp"
 #include "vhost-net-backend/poison.hpp"
@@ -157,12 +158,16 @@ CrashTrial::CrashTrial(const MatrixRow& row) : row_(row) {
 
 void CrashTrial::judge(const Snapshot& snapshot, RowResult& result) {
   for (const bool moves_on : {false, true}) {
+    const auto make_heir = [&] { return make_shard(*trial_, *fence_, kLastTag, ports_, devices_); };
+    // It has bound its queue pairs to what is in force, or to what was in an earlier snapshot.
+    std::optional<ShardStepper> heir;
+    if (moves_on) heir.emplace(make_heir());
     restore(*trial_, snapshot);
     trial_->copy_ends_from(*world_);
     Flows flows = *flows_;
-    ShardStepper heir = make_shard(*trial_, *fence_, kLastTag, ports_, devices_);
+    if (!moves_on) heir.emplace(make_heir());
     if (moves_on) world_moves_on(*trial_, flows, 2);
-    result.verdict += take_over_and_judge(*trial_, heir, flows);
+    result.verdict += take_over_and_judge(*trial_, *heir, flows);
     ++result.takeovers;
   }
 }

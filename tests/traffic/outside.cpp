@@ -146,22 +146,27 @@ class Run {
   StreamResult stream_result_;
 };
 
-// A guest that is booting may answer one SYN and be gone again: the agent is there once it has answered a request.
+// A guest that is booting may answer one SYN and be gone again: the agent is there once it has answered a request. One
+// that refuses is there.
 Status Run::reach(const sockaddr_in& agent) {
   const auto deadline = steady_clock::now() + options_.connect_limit;
   for (;;) {
     const auto left = std::chrono::ceil<milliseconds>(deadline - steady_clock::now());
     auto socket = connect_tcp(agent, std::max(left, milliseconds{1000}));
     if (!socket) return tl::make_unexpected(std::move(socket.error()));
-    set_timeouts(socket->get(), std::chrono::seconds{30});
+    const int fd = socket->get();
+    set_timeouts(fd, std::chrono::seconds{5});
     control_ = std::make_unique<ControlConnection>(std::move(*socket));
     auto clock = compare_clocks(*control_);
     if (clock) {
+      set_timeouts(fd, std::chrono::seconds{30});
       clock_ = *clock;
       return {};
     }
-    if (steady_clock::now() >= deadline) return tl::make_unexpected(std::move(clock.error()));
+    if (steady_clock::now() >= deadline || clock.error().kind == ErrorKind::kInvalid)
+      return tl::make_unexpected(std::move(clock.error()));
     std::fprintf(stderr, "%s; connecting again\n", clock.error().text.c_str());
+    std::this_thread::sleep_for(milliseconds{100});
   }
 }
 

@@ -234,6 +234,64 @@ TEST_CASE("an heir whose device is released before it takes over touches nothing
   CHECK_FALSE(heir.poll_once());
 }
 
+TEST_CASE("frames that do not add up at a takeover: nothing is sent until the kernel has given all back, or too long") {
+  EngineWorld world(small_world());
+  FakeFence fence;
+  ShardStepper owner(world.segment(), fence.view(), 1), heir(world.segment(), fence.view(), 2);
+  hold_all(owner, world);
+  REQUIRE(owner.take_over());
+  send_from_guest(world, kFlow, 0, 3);
+  while (owner.poll_once()) {
+  }
+  REQUIRE(world.kernels[0].transmit_waiting() == 3);
+  world.state().transmit_busy[5] ^= 1;
+  fence.kill(1);
+  hold_all(heir, world);
+  REQUIRE(heir.take_over());
+  send_from_guest(world, kFlow, 3, 2);
+  CHECK_FALSE(heir.poll_once());
+  CHECK(world.kernels[0].transmit_waiting() == 3);
+  std::uint64_t& settling = heir.pairs()[0].settling_until_ns;
+  REQUIRE(settling != 0);
+  REQUIRE(settling != QueuePair::kNotLookedAt);
+  SECTION("all back") {
+    while (world.kernels[0].send()) {
+    }
+    world.kernels[0].complete();
+    CHECK(heir.poll_once());
+    CHECK(world.kernels[0].transmit_waiting() == 2);
+    CHECK(world.state().transmit_busy[5] == 0);
+  }
+  SECTION("too long, and it is not looked at again when another description comes") {
+    settling = 1;
+    CHECK(heir.poll_once());
+    CHECK(world.kernels[0].transmit_waiting() == 5);
+    heir.post(DescribeCommand{world.make_device(world.describe(2))});
+    heir.run_commands();
+    CHECK(heir.pairs()[0].settling_until_ns == 0);
+  }
+  SECTION("a description that comes meanwhile does not end it") {
+    const std::uint64_t until = settling;
+    heir.post(DescribeCommand{world.make_device(world.describe(2))});
+    heir.run_commands();
+    CHECK(heir.pairs()[0].settling_until_ns == until);
+    CHECK_FALSE(heir.poll_once());
+  }
+}
+
+TEST_CASE("an heir whose wiring was hit by a stray store binds it anew") {
+  EngineWorld world(small_world());
+  FakeFence fence;
+  ShardStepper owner(world.segment(), fence.view(), 1), heir(world.segment(), fence.view(), 2);
+  for (ShardStepper* shard : {&owner, &heir}) hold_all(*shard, world);
+  REQUIRE(owner.take_over());
+  check_serves(world, owner);
+  heir.pairs()[0].header_size ^= 2;
+  fence.kill(1);
+  REQUIRE(heir.take_over());
+  check_serves(world, heir);
+}
+
 TEST_CASE("an owner that always polls tells its drivers not to kick, from its first round on") {
   EngineWorld world(small_world(feature::kVersion1));
   FakeFence fence;
