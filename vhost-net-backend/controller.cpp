@@ -134,9 +134,9 @@ Status Controller::run() {
   std::vector<pollfd> files{{channel_.fd(), POLLIN, 0}};
   for (const auto& shard : shards_) files.push_back({shard->event_fd(), POLLIN, 0});
   for (;;) {
-    const int ready = ::poll(files.data(), files.size(), until_warming_ms());
-    if (ready == 0) warm_some();
-    if (ready <= 0) continue;
+    const int count = ::poll(files.data(), files.size(), until_warming_ms());
+    if (count == 0) warm_some();
+    if (count <= 0) continue;
     if (files[0].revents != 0) {
       bool would_block = false;
       auto message = channel_.receive(&would_block);
