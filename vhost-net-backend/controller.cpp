@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 namespace tandem {
 
@@ -15,8 +16,8 @@ namespace {
 
 // How often a standby warms the buffers in use.
 constexpr std::uint64_t kWarmEveryNs = 10'000'000'000;
-// How soon after a description: a ring that was just started names none yet.
-constexpr std::uint64_t kWarmSoonNs = 1'000'000'000;
+// How soon again after a description, for a ring that was just started names few yet.
+constexpr std::uint64_t kWarmAgainNs = 1'000'000'000;
 
 template <class Body>
 bool read_body(std::span<const std::byte> bytes, Body& body) {
@@ -181,8 +182,8 @@ void Controller::warm_some() {
     while (device && warm_vring_ < 2 * device->description().queue_pairs)
       if (device->warm_buffers(warm_vring_++)) return;
   }
-  warm_device_ = 0;
-  warm_at_ns_ = monotonic_ns() + kWarmEveryNs;
+  warm_device_ = warm_vring_ = 0;
+  warm_at_ns_ = monotonic_ns() + (std::exchange(described_, false) ? kWarmAgainNs : kWarmEveryNs);
 }
 
 Status Controller::obey(ChannelMessage message) {
@@ -293,7 +294,8 @@ Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueF
     if (!device) return within("describe", std::move(device.error()));
   }
   newest_[description.device] = *device;
-  warm_at_ns_ = std::min(warm_at_ns_, monotonic_ns() + kWarmSoonNs);
+  described_ = true;
+  warm_at_ns_ = 0;
   for (auto& shard : shards_) shard->post(DescribeCommand{*device});
   return {};
 }
