@@ -57,7 +57,7 @@ def _step(world, nics, queue_pairs, kills, rate):
         victim, resumed, complete = None, [], []
         for _ in range(kills):
             pair = host.wait_whole(not_pid=victim)
-            time.sleep(0.5)
+            time.sleep(2)  # a standby that has had the time to warm its page tables, with two busy cores
             victim = pair["active"]["pid"]
             prober.kill(signal.SIGKILL, victim)
             incident = wait_for(lambda: next((one for one in host.incidents() if one["id"] not in known and
