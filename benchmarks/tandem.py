@@ -117,10 +117,15 @@ class Tandem:
             good = pair and pair["state"] == "paired" and pair["standby"]["state"] == "ready" and pair["active"]["pid"] != not_pid
             return pair if good else None
 
-        pair = wait_for(whole, 60, f"a pair with owner and standby{self._log_hint()}", 0.02)
-        for member, core in self._cores.items():
-            os.sched_setaffinity(pair[member]["tid"], {core})
-        return pair
+        for _ in range(5):
+            pair = wait_for(whole, 60, f"a pair with owner and standby{self._log_hint()}", 0.02)
+            try:
+                for member, core in self._cores.items():
+                    os.sched_setaffinity(pair[member]["tid"], {core})
+                return pair
+            except ProcessLookupError:
+                continue  # one has died since it was asked for
+        raise Failed(f"the pair's members die as soon as they are there{self._log_hint()}")
 
     def close(self):
         self.world.forget(self._vault)
