@@ -12,6 +12,10 @@
 
 namespace tandem {
 
+namespace {
+constexpr int kCollapse = 25;  // MADV_COLLAPSE (asm-generic/mman-common.h), which glibc 2.36 does not name
+}  // namespace
+
 Result<UniqueFd> make_sealed_memory(const char* name, std::uint64_t size) {
   const std::string doing = std::string{"make the memfd "} + name + " of " + std::to_string(size) + " bytes";
   UniqueFd memory{::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING)};
@@ -27,13 +31,10 @@ Result<UniqueFd> make_frames(const char* name, std::uint64_t size) {
   if (!memory) return memory;
   auto mapping = Mapping::map_large(memory->get(), size, PROT_READ | PROT_WRITE, name);
   if (!mapping) return tl::make_unexpected(std::move(mapping.error()));
-    // Before anybody pins them. Only what has a page is collapsed, and each page that it has is copied: one of each.
-    // Without memory to spare, or before Linux 6.1, they stay small.
-#ifndef MADV_COLLAPSE
-  constexpr int MADV_COLLAPSE = 25;  // asm-generic/mman-common.h
-#endif
+  // Before anybody pins them. Only what has a page is collapsed, and each page that it has is copied: one of each.
+  // Without memory to spare, or before Linux 6.1, they stay small.
   for (std::uint64_t at = 0; at < size; at += kLargePage) populate(mapping->data() + at, 1, true);
-  ::madvise(mapping->data(), size, MADV_COLLAPSE);
+  ::madvise(mapping->data(), size, kCollapse);
   populate(mapping->data(), size, true);
   return memory;
 }
