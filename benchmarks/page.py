@@ -43,17 +43,16 @@ def _bars(axes, rows, value="median"):
 
 def _distributions(axes, rows):
     """One line a row: which part of the samples is at most so long. Colours tell causes apart, kinds of line who takes over."""
-    first = [row.get("cause", row.get("polling")) for row in rows]
-    second = [(row["system"], row.get("heir")) for row in rows]
-    causes, heirs = list(dict.fromkeys(first)), list(dict.fromkeys(second))
+    causes = list(dict.fromkeys(row["cause"] for row in rows))
+    heirs = list(dict.fromkeys((row["system"], row["heir"]) for row in rows))
     styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1)))
-    for row, cause, heir in zip(rows, first, second):
+    for row in rows:
         samples = sorted(row["samples"])
         if not samples:
             continue
         parts = [(place + 1) / len(samples) for place in range(len(samples))]
         axes.step([samples[0], *samples], [0, *parts], where="post", label=f"{row['system']}: {_label(row)}",
-                  color=f"C{causes.index(cause) % 10}", linestyle=styles[heirs.index(heir) % len(styles)])
+                  color=f"C{causes.index(row['cause']) % 10}", linestyle=styles[heirs.index((row["system"], row["heir"])) % len(styles)])
     axes.set_xscale("log")
     axes.set_xlabel(rows[0]["unit"])
     axes.set_ylabel("part of the samples")

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 
 namespace tandem {
 
@@ -181,15 +182,18 @@ void Shard::wiring_changed() {
   pairs_stale_ = true;
 }
 
-// As owner: what it has found out about frames stays true.
+// As owner: what it has found out about a port's frames stays true.
 void Shard::rebuild_pairs() {
-  std::vector<std::pair<std::uint32_t, std::uint64_t>> settling;
-  for (const QueuePair& pair : pairs_) settling.emplace_back(pair.index, pair.settling_until_ns);
+  struct Known {
+    const XskPort* port;
+    std::uint64_t settling_until_ns;
+  };
+  std::array<Known, kMaxQueuePairs> known{};
+  for (const QueuePair& pair : pairs_) known[pair.index] = {pair.port, pair.settling_until_ns};
   bind_pairs();
   for (QueuePair& pair : pairs_) {
     begin_epoch(pair);
-    for (const auto& [index, until_ns] : settling)
-      if (index == pair.index) pair.settling_until_ns = until_ns;
+    if (known[pair.index].port == pair.port) pair.settling_until_ns = known[pair.index].settling_until_ns;
   }
   epoll_stale_ = kicks_asked_ = true;
 }
