@@ -90,6 +90,20 @@ class Arrivals:
         return max(b - a for a, b in zip(self.times[first:last], self.times[first + 1:last + 1]))
 
 
+def late(path):
+    """When datagrams of one direction arrived after a later one of their flow, ns of this host's CLOCK_MONOTONIC."""
+    records = array.array("Q")
+    with open(path, "rb") as file:
+        records.frombytes(file.read())
+    times, highest = [], {}
+    for time_ns, number in zip(records[0::2], records[1::2]):
+        flow, sequence = number >> 48, number & (1 << 48) - 1
+        if sequence < highest.get(flow, 0):
+            times.append(time_ns)
+        highest[flow] = max(sequence, highest.get(flow, 0))
+    return times
+
+
 def gap(arrivals, begin, end):
     gaps = [arrivals[direction].largest_gap(begin, end) for direction in DIRECTIONS]
     return None if None in gaps else max(gaps)

@@ -2,6 +2,7 @@
 """The demo's view of Tandem: starting the supervisor, and virt-tandem's answers as Python data."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -77,7 +78,8 @@ class Tandem:
             return
         config = os.path.join(FILES, "tandemd.toml")
         incidents = os.path.join(FILES, "incidents")
-        os.makedirs(incidents, exist_ok=True)
+        shutil.rmtree(incidents, ignore_errors=True)  # a run that failed leaves its incidents; they are not this one's
+        os.makedirs(incidents)
         with open(config, "w", encoding="utf-8") as file:
             file.write(CONFIG.format(run_dir=RUN_DIR, incidents=incidents, backend=find_program(self.build, "tandem-backend")))
         if not os.path.isdir(RUN_DIR):
