@@ -118,31 +118,32 @@ class Change(Stage):
         traffic.wait_flow(0.5)
         return traffic
 
-    def judge(self, what, traffic, interrupted=False):
+    def judge(self, what, traffic, interrupted=False, reroutes=()):
         """Nothing twice, out of order or damaged, the TCP stream whole; unless the device was away, nothing lost and no link change.
 
         Order is a ring's: a flow that the guest moves to another ring while frames of it wait in the first may be overtaken by
-        itself, with any backend. So what comes late while flows are moved is counted apart, and at no other time.
+        itself, with any backend. So what comes late during one of these `reroutes` is counted apart.
         """
         traffic.wait_flow(0.5)
         report = traffic.finish()
         wrong = ("duplicated", "reordered", "corrupt") + (() if interrupted else ("lost",))
         udp = report["udp"]
-        rerouted = self._late_while_rerouted(report)
+        rerouted = self._late_while_rerouted(report, reroutes)
         udp["from_guest"]["reordered"] -= rerouted
         text = "; ".join(f"{way}: " + ", ".join(f"{udp[way][key]} {key}" for key in ("sent", "lost", "duplicated", "reordered", "corrupt"))
                          for way in DIRECTIONS)
-        say(f"{what}: {text}; overtaken while the guest moved flows: {rerouted}; link changes {report['guest_link_changes']}")
+        say(f"{what}: {text}; " + (f"late while the guest moved flows: {rerouted}; " if reroutes else "") +
+            f"link changes {report['guest_link_changes']}")
         if any(udp[way][key] for way in DIRECTIONS for key in wrong) or not report["tcp"]["ok"]:
             raise host.DemoError(f"{what}: the traffic is not clean: {text}; TCP: {report['tcp']['why'] or 'whole'}")
         if report["guest_link_changes"] and not interrupted:
             raise host.DemoError(f"{what}: the guest's link changed {report['guest_link_changes']} times")
 
-    def _late_while_rerouted(self, report):
+    def _late_while_rerouted(self, report, reroutes):
         """How many of the guest's datagrams came late while its flows were moved; a failover then makes the move longer."""
         failovers = sorted(measure.window(incident) for incident in self.tandem.incidents() if incident["kind"] == "failover")
         moves = []
-        for begin, end in self.reroutes:
+        for begin, end in reroutes:
             for fenced, resumed in failovers:
                 if fenced <= end and resumed >= begin:
                     end = max(end, resumed)
@@ -156,14 +157,14 @@ class Change(Stage):
         for count in (1, 2, 1, 2):
             self._set_channels(count)
             traffic.wait_flow(0.5)
-        self.judge("queue pairs changed, without a kill", traffic)
+        self.judge("queue pairs changed, without a kill", traffic, reroutes=self.reroutes)
         traffic = self.begin_traffic()
         for moment in (Moments.begins, Moments.moves):
             for count in (1, 2):
                 self.during(f"ethtool -L combined {count}", lambda n=count: self._set_channels(n), moment,
                             undo=lambda n=count: self._set_channels(3 - n))
                 traffic.wait_flow(0.5)
-        self.judge("queue pairs changed", traffic)
+        self.judge("queue pairs changed", traffic, reroutes=self.reroutes)
 
     def _set_channels(self, count):
         begun = time.monotonic_ns()
