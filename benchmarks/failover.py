@@ -3,7 +3,8 @@
 
 A prober on one core sends numbered frames through a backend on the other that loops them back: Tandem with null='loopback',
 testpmd forwarding between its one net_vhost port and itself, OVS-DPDK between two ports of a bridge. The blackout is the
-longest gap between two arrivals around the kill. Tandem's incidents, on the same clock, break it down. Who restarts whom:
+gap between the last arrival before the death and the first after it. Tandem's incidents, on the same clock, say when that
+was, and break it down; beside it stands the longest gap from the kill to 20 ms later, whatever it came of. Who restarts whom:
 Tandem's standby takes over; testpmd is restarted by a loop here as soon as it has ended; ovs-vswitchd restarts itself
 (--monitor).
 """
@@ -27,8 +28,10 @@ NAPPING = {"rate": 20_000, "gap_us": 500, "nap_us": 200}
 CAUSES = {"SIGSEGV": signal.SIGSEGV, "SIGKILL": signal.SIGKILL, "hang": signal.SIGSTOP}
 # The owner's poll thread stores where it may not, as a mistake of its own would: SIGSEGV without a sender. Peers have no such drill.
 OWN_FAULT = "bad store"
+DRILL_AFTER_MS = 100
 OVS_CAUSES = ("SIGSEGV", "SIGKILL")
 PEER_LIMIT = 15  # seconds for a peer to come back
+LATER_NS = 20_000_000  # what a takeover leaves behind, a new standby above all, shows that long after it
 HANG_LIMIT = 3  # seconds after which nobody is expected to notice a hang
 
 
@@ -38,19 +41,27 @@ class Found:
 
     blackouts: list = dataclasses.field(default_factory=list)  # us
     own: list = dataclasses.field(default_factory=list)  # us, the prober's part of each
+    longest: list = dataclasses.field(default_factory=list)  # us, the longest gap from the kill to some time later
+    longest_own: list = dataclasses.field(default_factory=list)  # us, the prober's part of each
     steps: list = dataclasses.field(default_factory=list)
     account: dict = dataclasses.field(default_factory=lambda: {"lost": 0, "duplicated": 0, "reordered": 0})
     controls: list = dataclasses.field(default_factory=list)  # us
     unasked: int = 0  # owners that were gone before we killed them
     problem: CannotRun | None = None
 
-    def add(self, seen, windows, floor_us=GAP_US):
-        """`windows`: where the gap of each kill must show, begin and end."""
+    def add(self, seen, windows, deaths=None, floor_us=GAP_US):
+        """`windows`: where gaps of each kill may show, begin and end. `deaths`: when each came, if somebody noted that."""
         for begin, end in windows:
-            longest = seen.longest(begin, end)
-            # Shorter than any gap that is noted: the traffic went on.
-            self.blackouts.append(longest[0] if longest else floor_us)
-            self.own.append(longest[1] if longest else 0)
+            # Without a gap that is noted the traffic went on.
+            gap = seen.longest(begin, end) or (floor_us, 0)
+            self.longest.append(gap[0])
+            self.longest_own.append(gap[1])
+        if deaths is None:
+            self.blackouts, self.own = self.longest, self.longest_own
+        for death in deaths or ():
+            gap = seen.spanning(death) or (floor_us, 0)
+            self.blackouts.append(gap[0])
+            self.own.append(gap[1])
         for key, count in seen.account().items():
             self.account[key] += count
 
@@ -97,7 +108,8 @@ def _kill_owners(host, world, cause, number, found, load):
             victim = pair["active"]["pid"]
             asked = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             if cause == OWN_FAULT:
-                host.ask({"command": "drill", "pair": "default", "fault": "segv"})
+                # By then nobody works because of the drill any more.
+                host.ask({"command": "drill", "pair": "default", "fault": "segv", "after_ms": DRILL_AFTER_MS})
             else:
                 # To its poll thread, where a bad store would hit it; the process's first thread may be waiting for a CPU.
                 prober.kill(CAUSES[cause], victim, pair["active"]["tid"] if cause == "SIGSEGV" else 0)
@@ -110,16 +122,19 @@ def _kill_owners(host, world, cause, number, found, load):
         host.wait_whole(not_pid=victim)
         time.sleep(0.7)
         seen = prober.finish()
-        windows = []
+        windows, deaths = [], []
         kills = drilled if cause == OWN_FAULT else seen.kills()
         for (at, done), (fenced, first, steps) in zip(kills, resumed):
             if not done or fenced < at:
                 # Its standby had taken it for hung: a host that takes a CPU away for longer than the limit looks like that.
                 found.unasked += 1
                 continue
-            windows.append((at - 1_000_000, fenced + first + 2_000_000))
+            # A drill is asked for long before.
+            windows.append(((fenced if cause == OWN_FAULT else at) - 1_000_000, fenced + first + LATER_NS))
+            # A hung owner stood still long before it was killed; the gap of a kill spans its mark.
+            deaths.append(fenced)
             found.steps.append(steps)
-        found.add(seen, windows, load["gap_us"])
+        found.add(seen, windows, deaths, load["gap_us"])
         length = int(median([end - begin for begin, end in windows]) or 1_000_000)
         found.controls += seen.control(length, [at for at, _ in kills], load["gap_us"])
         host.release()
@@ -231,7 +246,8 @@ def _rows(report, system, heir, cause, found):
     steps = {key: median(step[key] for step in found.steps) for key in found.steps[0]} if found.steps else {}
     # testpmd's hang ends because we end it.
     report.row({"cause": cause, "heir": heir}, system, "us", found.blackouts, noticed=system == "tandem" or cause != "hang",
-               prober_us=median(found.own), **steps, unasked=found.unasked, **found.account)
+               prober_us=median(found.own), longest_us=median(found.longest), longest_prober_us=median(found.longest_own), **steps,
+               unasked=found.unasked, **found.account)
 
 
 def run(world, report, quick, only=None):
@@ -261,6 +277,7 @@ def run(world, report, quick, only=None):
     report.note(f"nobody notices a hang of testpmd: its row ends when it is continued after {HANG_LIMIT} s")
     report.note(f"{RATE} frames of 64 B a second; gaps below {GAP_US} us are not told apart. With an heir that polls, on the prober's "
                 f"core: {NAPPING['rate']} frames, and gaps below {NAPPING['gap_us']} us")
-    report.note("prober_us: longest stretch of the gap in which the prober itself did not run. heartbeat_to_...: from the dead owner's "
+    report.note("prober_us: longest stretch of the gap in which the prober itself did not run. longest_us: the longest gap from the kill to "
+                "20 ms after the first packet, and of that longest_prober_us. heartbeat_to_...: from the dead owner's "
                 "last round to the heir's first packet, and to where it begins to poll, by the backends' own clock. unasked: owners that "
                 "their standby had ended before we could")

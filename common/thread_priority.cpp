@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sched_setattr(2), which glibc 2.36 does not wrap.
+// sched_setattr(2), which glibc 2.36 does not wrap, and affinities.
 #include "common/thread_priority.hpp"
 
 #include <sched.h>
@@ -51,6 +51,43 @@ void become_ordinary() {
   // The kernel keeps the nice value of a real-time thread.
   if (::sched_getscheduler(0) != SCHED_OTHER)
     static_cast<void>(make_ordinary(0, ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()))));
+}
+
+Status pin_thread(pid_t tid, std::uint32_t cpu) {
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(cpu, &only);
+  if (::sched_setaffinity(tid, sizeof only, &only) != 0)
+    return fail_errno("pin poll thread " + std::to_string(tid) + " to CPU " + std::to_string(cpu),
+                      "see /sys/devices/system/cpu/online and tandemd's cpuset for the CPUs there are");
+  return {};
+}
+
+bool runs_on(pid_t tid, std::uint32_t cpu) {
+  cpu_set_t allowed;
+  return ::sched_getaffinity(tid, sizeof allowed, &allowed) == 0 && CPU_ISSET(cpu, &allowed);
+}
+
+Status keep_off(std::span<const std::uint32_t> cpus) {
+  cpu_set_t others = allowed_cpus();
+  for (const std::uint32_t cpu : cpus) CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) != 0 && ::sched_setaffinity(0, sizeof others, &others) != 0)
+    return fail_errno("leave the poll threads' CPUs to them");
+  return {};
+}
+
+cpu_set_t allowed_cpus() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  ::sched_getaffinity(0, sizeof allowed, &allowed);
+  return allowed;
+}
+
+void put_aside(pid_t tid, cpu_set_t cpus) {
+  constexpr int kLast = 19;
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(tid), kLast);
+  if (const int here = ::sched_getcpu(); here >= 0) CPU_CLR(static_cast<unsigned>(here), &cpus);
+  if (CPU_COUNT(&cpus) != 0) ::sched_setaffinity(tid, sizeof cpus, &cpus);
 }
 
 }  // namespace tandem

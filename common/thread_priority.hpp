@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scheduling of poll threads: an heir sleeps with real-time priority, an owner works with an ordinary one.
+// Scheduling of poll threads: on which CPUs, and with what priority; an heir sleeps with a real-time one, an owner
+// works with an ordinary one.
 //
 // An heir is woken while others keep its CPU busy. A low nice value alone does not get it the CPU at once: it counts
 // within the task's session or cgroup only (sched(7), "The autogroup feature"), and a running task may be left its
@@ -8,7 +9,11 @@
 // supervisor.
 #pragma once
 
+#include <sched.h>
 #include <sys/types.h>
+
+#include <cstdint>
+#include <span>
 
 #include "common/result.hpp"
 
@@ -24,5 +29,23 @@ Status make_real_time(pid_t tid);
 
 /// The calling thread gives its real-time priority up, if it has one; its nice value is what it was.
 void become_ordinary();
+
+/// Thread `tid` runs on `cpu` and nowhere else. kSystem: not permitted, or there is no such CPU for it (cpuset(7)).
+Status pin_thread(pid_t tid, std::uint32_t cpu);
+
+/// Whether thread `tid` may run on `cpu`. False if it has gone.
+bool runs_on(pid_t tid, std::uint32_t cpu);
+
+/// The caller, and what it starts from now on, leaves `cpus` to others. Without another CPU to run on it stays where it
+/// is, and that is no error. kSystem: not permitted.
+Status keep_off(std::span<const std::uint32_t> cpus);
+
+/// The CPUs that the calling thread may run on; none if that cannot be told.
+cpu_set_t allowed_cpus();
+
+/// Thread `tid` of the same user, which is about to exit, does that on one of `cpus` but the caller's, and lets others
+/// go first: whichever thread of a process leaves last takes its address space apart, half a millisecond that the
+/// caller's CPU would be busy in the kernel. Does nothing for a thread that has gone.
+void put_aside(pid_t tid, cpu_set_t cpus);
 
 }  // namespace tandem

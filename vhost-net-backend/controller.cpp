@@ -230,7 +230,7 @@ Status Controller::obey(ChannelMessage message) {
     case ControlType::kDrill: {
       DrillBody drill;
       if (!read_body(body, drill) || drill.shard >= shards_.size()) return malformed("drill");
-      shards_[drill.shard]->post(DrillCommand{drill.fault});
+      shards_[drill.shard]->post(DrillCommand{drill.fault, drill.after_ms});
       return {};
     }
     default:

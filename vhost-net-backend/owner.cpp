@@ -79,6 +79,7 @@ void Shard::beat(std::uint64_t now) {
   must_hold(std::all_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return pair.is_whole(); }));
   // The supervisor may have made us an heir's equal while we were taking over.
   if (!real_time_) become_ordinary();
+  if (drill_at_ns_ != 0 && monotonic_ns() >= drill_at_ns_) drill(drill_fault_);
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
   const bool moved = transactions != std::exchange(transactions_at_beat_, transactions);
   if (!moved && std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return has_work(pair); })) return;
@@ -142,6 +143,7 @@ void Shard::poll_as_owner() {
   const std::uint64_t beat_cycles = config_.tsc_hz / 1'000'000 * kBeatMicroseconds;
   const std::uint64_t taken_over = rte_rdtsc();
   std::uint64_t last_work = taken_over;
+  drill_at_ns_ = 0;  // one that came before a handover is not for whoever owns now
   if (first_transaction_pending_) note_first_transaction();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
@@ -209,7 +211,7 @@ void Shard::sleep() {
         ask_for_kicks(*pair.memory, pair.receive.queue, pair.starved_avail);
     }
   }
-  int timeout = kick_fd_missing_ ? kShortSleepMs : -1;
+  int timeout = kick_fd_missing_ || drill_at_ns_ != 0 ? kShortSleepMs : -1;
   bool work = false;
   for (std::size_t i = 0; i < pairs_.size(); ++i) {
     if (pairs_[i].transmit_pending || pairs_[i].settling_until_ns != 0) timeout = kShortSleepMs;

@@ -108,13 +108,19 @@ void Shard::execute(ArmCommand& command) {
 }
 
 void Shard::execute(DrillCommand& command) {
-  if (command.fault == DrillFault::kLivelock && owner_) livelock();
+  if (command.after_ms == 0 || !owner_) return drill(command.fault);
+  drill_fault_ = command.fault;
+  drill_at_ns_ = monotonic_ns() + std::uint64_t{command.after_ms} * 1'000'000;
+}
+
+void Shard::drill(DrillFault fault) {
+  if (fault == DrillFault::kLivelock && owner_) livelock();
   const std::byte* read_only = nullptr;
   for (const Served& served : devices_)
     if (served.in_force && served.in_force->description().region_count > 0)
       read_only =
           served.in_force->memory()->view_some(served.in_force->description().regions[0].guest_address, 1).data();
-  fail_on_purpose(command.fault, read_only);
+  fail_on_purpose(fault, read_only);
 }
 
 void Shard::execute(StopCommand&) { stop_ = true; }

@@ -25,6 +25,7 @@
 #include "common/layout/control_message.hpp"
 #include "common/layout/segment.hpp"
 #include "common/monotonic_clock.hpp"
+#include "common/thread_priority.hpp"
 #include "common/wake_ring.hpp"
 #include "vhost-net-backend/device.hpp"
 #include "vhost-net-backend/poison.hpp"
@@ -53,6 +54,7 @@ struct ArmCommand {
 struct HandOverCommand {};
 struct DrillCommand {
   DrillFault fault;
+  std::uint32_t after_ms = 0;
 };
 struct StopCommand {};
 using ShardCommand = std::variant<AttachCommand, DetachCommand, DescribeCommand, PruneCommand, ArmCommand,
@@ -144,6 +146,7 @@ class Shard {
   void execute(ArmCommand& command);
   void execute(HandOverCommand& command);
   void execute(DrillCommand& command);
+  void drill(DrillFault fault);
   void execute(StopCommand& command);
   bool serves(std::uint32_t queue_pair) const {
     return queue_pair < kMaxQueuePairs && queue_pair % config_.shards == config_.index;
@@ -214,6 +217,7 @@ class Shard {
   DeadManSwitch switch_;
   UniqueFd bell_;
   UniqueFd wake_fd_, event_fd_, epoll_, heir_epoll_;
+  cpu_set_t control_cpus_ = allowed_cpus();  // of the thread that makes the shard
   std::atomic<std::uint32_t> thread_id_{0};
 
   std::mutex mutex_;  // guards commands_ and events_; the poll thread takes it only when has_commands_ is set
@@ -260,6 +264,9 @@ class Shard {
   // As owner: when the switch was last looked at, and the transactions counted then.
   std::uint64_t last_beat_ = 0;
   std::uint64_t transactions_at_beat_ = 0;
+  // As owner: the drill that waits for its time.
+  DrillFault drill_fault_{};
+  std::uint64_t drill_at_ns_ = 0;
 };
 
 /// Fails on purpose, in the calling thread, as `virt-tandem drill` asks. kBadStore stores into `read_only`.

@@ -95,6 +95,7 @@ bool Shard::take_over() {
 
 void Shard::report() {
   if (!std::exchange(report_owed_, false)) return;
+  if (former_watchdog_) former_watchdog_->put_aside(control_cpus_);
   former_watchdog_.reset();
   say(TookOverEvent{state().takeover});
 }

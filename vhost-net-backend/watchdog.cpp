@@ -13,6 +13,8 @@
 #include <cstring>
 #include <ctime>
 
+#include "common/thread_priority.hpp"
+
 namespace tandem {
 
 namespace {
@@ -90,6 +92,8 @@ void Watchdog::look(OwnerView& view) const {
   ::nanosleep(&pause, nullptr);
   view.uses_cpu = cpu_time(pid_) - before > kBusyNs;
 }
+
+void Watchdog::put_aside(const cpu_set_t& cpus) const { tandem::put_aside(tid_, cpus); }
 
 void Watchdog::kill() const { ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0); }
 

@@ -9,6 +9,7 @@
 // heir take over.
 #pragma once
 
+#include <sched.h>
 #include <sys/types.h>
 
 #include <cstdint>
@@ -89,6 +90,8 @@ class Watchdog {
   void look(OwnerView& view) const;
   /// SIGKILL. The fence says when it is dead.
   void kill() const;
+  /// Once the fence has said so: it is to leave on one of `cpus`, out of the caller's way.
+  void put_aside(const cpu_set_t& cpus) const;
 
  private:
   UniqueFd pidfd_;

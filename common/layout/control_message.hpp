@@ -101,6 +101,8 @@ enum class DrillFault : std::uint32_t {
 struct DrillBody {
   std::uint32_t shard = 0;
   DrillFault fault{};
+  std::uint32_t after_ms = 0;  ///< so long after the owner has read this, when nobody is at work because of it any more
+  std::uint32_t reserved = 0;
 };
 
 struct ReadyBody {
@@ -143,7 +145,7 @@ struct PoisonBody {
 
 static_assert(sizeof(PoisonBody) == 32);
 static_assert(sizeof(ControlHeader) == 16 && sizeof(WelcomeBody) == 16 && sizeof(AttachBody) == 24);
-static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 8 &&
+static_assert(sizeof(DeviceBody) == 16 && sizeof(ShardBody) == 8 && sizeof(ArmBody) == 24 && sizeof(DrillBody) == 16 &&
               sizeof(RefusalBody) == 128 && sizeof(ProblemBody) == 256);
 static_assert(std::is_trivially_copyable_v<TakeoverBody>);
 

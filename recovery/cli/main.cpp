@@ -120,6 +120,8 @@ int main(int argc, char** argv) {
   switchover->add_option("--pair", pair, "pair to switch over");
   drill->add_option("--fault", fault, "how to fail")
       ->check(CLI::IsMember({"segv", "abort", "bus", "spin", "block", "exit", "livelock"}));
+  std::uint32_t after_ms = 0;
+  drill->add_option("--after", after_ms, "milliseconds until it fails")->check(CLI::Range(0, 10'000));
   std::string mac, reason;
   for (auto* command : {disable, enable}) command->add_option("mac", mac, "the NIC's MAC address")->required();
   disable->add_option("--reason", reason, "shown by status");
@@ -132,7 +134,9 @@ int main(int argc, char** argv) {
   if (incidents->parsed())
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "incidents"}}), tandem::incident_table);
   if (drill->parsed())
-    return print(options, tandem::ask_tandemd(options.socket, {{"command", "drill"}, {"pair", pair}, {"fault", fault}}),
+    return print(options,
+                 tandem::ask_tandemd(options.socket,
+                                     {{"command", "drill"}, {"pair", pair}, {"fault", fault}, {"after_ms", after_ms}}),
                  incidents_of);
   if (switchover->parsed())
     return print(options, tandem::ask_tandemd(options.socket, {{"command", "switchover"}, {"pair", pair}}),

@@ -2,8 +2,10 @@
 // TOML to Config, refusing what it does not know: a misspelt key must not be silently a default.
 #include "recovery/supervisor/config.hpp"
 
+#include <sched.h>
 #include <toml++/toml.h>
 
+#include <algorithm>
 #include <fstream>
 #include <functional>
 #include <map>
@@ -52,6 +54,23 @@ Setter number(Number& target, Number low, Number high) {
   };
 }
 
+Setter cpu_list(std::vector<std::uint32_t>& target) {
+  return [&target](const toml::node& node) -> Status {
+    const auto refused = [] { return wrong("wants a list of different CPU numbers, as in [2, 3]"); };
+    const toml::array* array = node.as_array();
+    if (array == nullptr) return refused();
+    target.clear();
+    for (const toml::node& entry : *array) {
+      const auto value = entry.value<std::int64_t>();
+      if (!entry.is_integer() || !value || *value < 0 || *value >= CPU_SETSIZE ||
+          std::count(target.begin(), target.end(), static_cast<std::uint32_t>(*value)) != 0)
+        return refused();
+      target.push_back(static_cast<std::uint32_t>(*value));
+    }
+    return {};
+  };
+}
+
 void flatten(const toml::table& table, const std::string& prefix, std::map<std::string, const toml::node*>& keys) {
   for (const auto& [key, node] : table) {
     const std::string name = prefix + std::string(key.str());
@@ -91,6 +110,7 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"parking.kills", number<std::uint32_t>(config.parking_kills, 0, 1000)},
       {"parking.window_s", number<std::uint32_t>(config.parking_window_s, 1, 86'400)},
       {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
+      {"pair.cpus", cpu_list(config.cpus)},
       {"pair.heirs",
        choice<Heirs>(config.heirs,
                      {{"ordinary", Heirs::kOrdinary}, {"real-time", Heirs::kRealTime}, {"polling", Heirs::kPolling}})},
@@ -113,6 +133,13 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       return wrong("read " + origin + ", instance: only letters, digits, - and _ are allowed");
   if (config.instance.empty() || config.instance.size() > 32)
     return wrong("read " + origin + ", instance: wants 1 to 32 characters");
+  const bool two_lists = config.heirs == Heirs::kPolling;
+  if (!config.cpus.empty() && config.cpus.size() != config.shards * (two_lists ? 2 : 1))
+    return wrong(
+        "read " + origin + ", pair.cpus: wants " +
+        (two_lists
+             ? "two CPUs for each of pair.shards, because heirs poll too: those of one backend, then those of the other"
+             : "one CPU for each of pair.shards"));
   config.pin_dir = pin_dir.empty() ? "/sys/fs/bpf/tandem/" + config.instance : pin_dir;
   return config;
 }

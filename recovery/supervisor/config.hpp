@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "common/layout/control_message.hpp"
 #include "common/result.hpp"
@@ -32,6 +33,9 @@ struct Config {
   Polling polling = Polling::kAdaptive;
   Hugepages hugepages = Hugepages::kAuto;
   std::int32_t nice = -10;  ///< of poll threads, -20 to 19
+  /// Where poll threads run: nowhere in particular if empty; else shard i on cpus[i], and if heirs poll, in one of the
+  /// two backends on cpus[shards + i].
+  std::vector<std::uint32_t> cpus;
   Heirs heirs = Heirs::kRealTime;
 
   std::uint32_t parking_kills =

@@ -37,8 +37,7 @@ class Member {
   FdChannel channel_;
 
  public:
-  /// Forks and executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the
-  /// channel.
+  /// Executes tandem-backend as the configured user: no capabilities, no_new_privs, nothing inherited but the channel.
   static Result<Member> spawn(const Config& config, const std::string& backend_path, bool hugepages);
 
   /// A process that a dead supervisor started; its exit status will not be known here.

@@ -188,7 +188,9 @@ void Pair::step(PairEvent event) {
       listener_.on_not_handed_over(*this, refusal_);
     else if (event != PairEvent::kHandedOver)
       listener_.on_not_handed_over(
-          *this, event == PairEvent::kStop ? "the pair is stopped" : "a backend died meanwhile; see the incidents");
+          *this, event == PairEvent::kStop
+                     ? "the pair is stopped"
+                     : "a backend died meanwhile, see virt-tandem incidents; try again when the pair is paired");
   }
   listener_.on_state(*this);
 }
@@ -367,12 +369,12 @@ void Pair::set_hang_limits(std::chrono::nanoseconds spin, std::chrono::nanosecon
   }
 }
 
-Status Pair::drill(DrillFault fault) {
+Status Pair::drill(DrillFault fault, std::uint32_t after_ms) {
   Member* member = owner_member();
   if (member == nullptr || state_ != PairState::kPaired)
     return fail(ErrorKind::kInvalid, "drill pair " + name_ + ": it is " + std::string(pair_state_name(state_)) +
                                          "; a drill needs an armed standby, try again when it is paired");
-  return member->send(ControlType::kDrill, DrillBody{0, fault});
+  return member->send(ControlType::kDrill, DrillBody{0, fault, after_ms, 0});
 }
 
 }  // namespace tandem

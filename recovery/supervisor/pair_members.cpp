@@ -158,6 +158,7 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
   }
   // Not before: the watch has found out that the thread is the member's own, which the member may have lied about.
   if (auto set = make_ordinary(thread, config_.nice); !set) spdlog::warn("{}", set.error().text);
+  if (auto set = place(member, peer, shard); !set) spdlog::warn("{}", set.error().text);
   give_heir_priority(member, shard);
   if (peer != nullptr) {
     auto set = fence_.set_ring(peer->threads[shard], peer->tags[shard], member.rings[shard]);
@@ -166,6 +167,14 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
     if (auto told = tell_peer(*peer, &member, shard); !told) spdlog::warn("{}", told.error().text);
   }
   return tell_peer(member, peer, shard);
+}
+
+// Heirs that poll have CPUs of their own: those that the peer does not have.
+Status Pair::place(const Member& member, const Member* peer, std::uint32_t shard) const {
+  if (config_.cpus.empty()) return {};
+  const bool second =
+      config_.heirs == Heirs::kPolling && peer != nullptr && runs_on(peer->threads[shard], config_.cpus[shard]);
+  return pin_thread(member.threads[shard], config_.cpus[second ? config_.shards + shard : shard]);
 }
 
 // Only a thread whose watch is confirmed. An owner has given it up and is left alone; it costs a little time, no more,

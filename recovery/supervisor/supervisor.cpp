@@ -11,6 +11,7 @@
 #include <filesystem>
 
 #include "common/monotonic_clock.hpp"
+#include "common/thread_priority.hpp"
 #include "recovery/fence/kernel_version.hpp"
 #include "recovery/supervisor/journal.hpp"
 #include "recovery/supervisor/probe.hpp"
@@ -35,6 +36,8 @@ Result<std::unique_ptr<Supervisor>> Supervisor::start(Config config, EventLoop& 
   if (auto supported = kernel_is_supported(running_kernel_release()); !supported)
     return within("start tandemd", std::move(supported.error()));
   std::unique_ptr<Supervisor> self{new Supervisor(std::move(config), loop)};
+  // And so do the backends' control threads, which are started from here.
+  if (auto kept = keep_off(self->config_.cpus); !kept) return within("start tandemd", std::move(kept.error()));
   if (auto prepared = self->prepare_directories(); !prepared)
     return within("start tandemd", std::move(prepared.error()));
   auto vault = VaultClient::connect(self->config_.vault_socket());

@@ -12,6 +12,7 @@ using namespace std::chrono_literals;
 
 constexpr auto kProvisionLimit = 20s;
 constexpr auto kDrillLimit = 20s;
+constexpr std::uint64_t kMostDrillDelayMs = 10'000;
 
 std::string text_of(const nlohmann::json& request, const char* key) {
   const auto found = request.find(key);
@@ -163,8 +164,12 @@ void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answe
   const auto fault = kFaults.find(text_of(request, "fault"));
   if (fault == kFaults.end())
     return answer(refusal("drill: the fault must be segv, abort, bus, spin, block, exit or livelock"));
+  const auto after = request.find("after_ms");
+  if (after != request.end() && (!after->is_number_unsigned() || after->get<std::uint64_t>() > kMostDrillDelayMs))
+    return answer(refusal("drill: after_ms must be a number from 0 to " + std::to_string(kMostDrillDelayMs)));
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
-  if (auto sent = pair->second->drill(fault->second); !sent) return answer(refusal(sent.error().text));
+  if (auto sent = pair->second->drill(fault->second, request.value("after_ms", 0u)); !sent)
+    return answer(refusal(sent.error().text));
   spdlog::warn("pair {}: its active backend was told to fail: drill {}", pair->first, fault->first);
   await_incidents({pair->first, before, false, 1, answer, {}},
                   "drill: the backend was told to fail, and no failover was recorded within 20 s");

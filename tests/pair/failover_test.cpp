@@ -7,6 +7,7 @@
 #include <random>
 #include <thread>
 
+#include "common/monotonic_clock.hpp"
 #include "tests/pair/fixture.hpp"
 
 using namespace tandem;
@@ -14,18 +15,6 @@ using namespace tandem::test;
 using nlohmann::json;
 
 namespace {
-
-/// Under traffic until the pair has another owner and an armed heir again.
-void pump_until_paired(PairHost& host, Traffic& traffic, pid_t not_this) {
-  auto asked = std::chrono::steady_clock::now();
-  const bool paired = traffic.pump_until([&] {
-    if (std::chrono::steady_clock::now() - asked < std::chrono::milliseconds{20}) return false;
-    asked = std::chrono::steady_clock::now();
-    const json pair = host.pair();
-    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["active"]["pid"] != not_this;
-  });
-  if (!paired) FAIL("no pair again: " << host.status().dump(2));
-}
 
 /// Whether an incident says everything that it should; `cause` as it is named.
 void check_incident(const json& incident, const std::string& cause, pid_t victim, pid_t heir) {
@@ -111,16 +100,18 @@ TEST_CASE("drills: faults of the backend's own under traffic") {
   {
     ScriptedFrontEnd guest = start_guest(host, kMac);
     Traffic traffic(guest, kMac);
-    const std::pair<const char*, const char*> rows[] = {{"segv", "SIGSEGV"}, {"abort", "SIGABRT"}, {"bus", "SIGBUS"}};
-    for (const auto& [fault, cause] : rows) {
+    const std::tuple<const char*, const char*, unsigned> rows[] = {
+        {"segv", "SIGSEGV", 0}, {"abort", "SIGABRT", 0}, {"bus", "SIGBUS", 0}, {"segv", "SIGSEGV", 30}};
+    for (const auto& [fault, cause, after_ms] : rows) {
       INFO(fault);
       REQUIRE(traffic.pump_frames(100));
       const pid_t victim = host.active(), heir = host.standby();
       // The answer comes after the failover, which needs traffic for its first transaction: ask beside it.
       json answer;
       bool answered = false;
-      std::thread asking([&, name = std::string(fault)] {
-        answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}});
+      const std::uint64_t asked = monotonic_ns();
+      std::thread asking([&, name = std::string(fault), after = after_ms] {
+        answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}, {"after_ms", after}});
         std::atomic_ref(answered).store(true);
       });
       const bool done = traffic.pump_until([&] { return std::atomic_ref(answered).load(); });
@@ -129,6 +120,7 @@ TEST_CASE("drills: faults of the backend's own under traffic") {
       INFO(answer.dump(2));
       REQUIRE(answer.value("ok", false));
       check_incident(answer["incident"], cause, victim, heir);
+      CHECK(answer["incident"]["fence_time_ns"].get<std::uint64_t>() >= asked + std::uint64_t{after_ms} * 1'000'000);
       // The file says the same.
       std::ifstream file(host.incident_dir() + "/" + std::to_string(answer["incident"]["id"].get<int>()) + ".json");
       CHECK(json::parse(file) == answer["incident"]);
@@ -139,6 +131,10 @@ TEST_CASE("drills: faults of the backend's own under traffic") {
     CHECK(result.clean());
     CHECK_FALSE(host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", "flood"}}).value("ok", true));
     CHECK_FALSE(host.ask({{"command", "drill"}, {"pair", "nobody's"}, {"fault", "segv"}}).value("ok", true));
+    for (const json& after : {json(10'001), json(-1), json("1"), json(1.5)}) {
+      const json answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", "segv"}, {"after_ms", after}});
+      CHECK(answer.value("error", "").find("after_ms") != std::string::npos);
+    }
   }
   require_clean_end(host, {"one"});
 }

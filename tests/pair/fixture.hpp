@@ -48,4 +48,16 @@ inline void require_clean_end(PairHost& host, const std::vector<std::string>& do
   CHECK(host.stop() == "");
 }
 
+/// Under traffic until the pair has another owner and an armed heir again.
+inline void pump_until_paired(PairHost& host, Traffic& traffic, pid_t not_this) {
+  auto asked = std::chrono::steady_clock::now();
+  const bool paired = traffic.pump_until([&] {
+    if (std::chrono::steady_clock::now() - asked < std::chrono::milliseconds{20}) return false;
+    asked = std::chrono::steady_clock::now();
+    const nlohmann::json pair = host.pair();
+    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["active"]["pid"] != not_this;
+  });
+  if (!paired) FAIL("no pair again: " << host.status().dump(2));
+}
+
 }  // namespace tandem::test

@@ -86,6 +86,8 @@ TEST_CASE("backends and the vault have no privileges") {
   const auto backends = host.processes("tandem-backend");
   REQUIRE(backends.size() == 2);
   for (const pid_t pid : backends) {
+    // One for control and one a shard: a process that dies wakes each of its threads before its heir has the CPU.
+    CHECK(eventually([&] { return entries("/proc/" + std::to_string(pid) + "/task").size() == 2; }));
     for (const std::string& tid : entries("/proc/" + std::to_string(pid) + "/task")) {
       const auto thread = static_cast<pid_t>(std::stol(tid));
       for (const char* set : {"CapInh", "CapPrm", "CapEff", "CapAmb"})

@@ -98,7 +98,8 @@ class Figures {
 void hand_over_in_a_row(int wanted, const PairHostOptions& options, const char* title) {
   PairHost host(options);
   host.start();
-  require_domain(host, "one", {{}});
+  // Nobody is to die here, whoever takes CPUs away from us: hang_test has the short limits.
+  require_domain(host, "one", {{.watchdog = R"(spin="1s" blocked="1s")"}});
   {
     ScriptedFrontEnd guest = start_guest(host, kMac);
     Traffic traffic(guest, kMac);

@@ -129,6 +129,7 @@ TEST_CASE("without a tandemd every command says what to do, and exits with 1") {
     CHECK(json::parse(machine.output)["ok"] == false);
   }
   CHECK(directory.run(program + "drill --fault flood").status != 0);
+  CHECK(directory.run(program + "drill --after 10001").status != 0);
   CHECK(directory.run(program + "dance").status != 0);
   CHECK(directory.run(std::string(TANDEM_CLI_BINARY)).status != 0);
   CHECK(directory.run(program + "--version").output.find("virt-tandem ") == 0);

@@ -29,6 +29,7 @@ TEST_CASE("an empty configuration has the defaults") {
   CHECK(config->shards == 1);
   CHECK(config->polling == Polling::kAdaptive);
   CHECK(config->hugepages == Hugepages::kAuto);
+  CHECK(config->cpus.empty());
 }
 
 TEST_CASE("the configuration that is shipped says what the defaults are") {
@@ -48,6 +49,7 @@ TEST_CASE("the configuration that is shipped says what the defaults are") {
   CHECK(shipped->shards == defaults.shards);
   CHECK(shipped->polling == defaults.polling);
   CHECK(shipped->hugepages == defaults.hugepages);
+  CHECK(shipped->cpus == defaults.cpus);
   CHECK(shipped->parking_kills == defaults.parking_kills);
   CHECK(shipped->parking_window_s == defaults.parking_window_s);
 }
@@ -68,6 +70,7 @@ socket_group = "kvm"
 shards = 8
 polling = "always"
 heirs = "polling"
+cpus = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 1023]
 hugepages = "never"
 [parking]
 kills = 7
@@ -88,6 +91,7 @@ window_s = 300
   CHECK(config->shards == 8);
   CHECK(config->polling == Polling::kAlways);
   CHECK(config->heirs == Heirs::kPolling);
+  CHECK(config->cpus == std::vector<std::uint32_t>{0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 1023});
   CHECK(config->hugepages == Hugepages::kNever);
   CHECK(config->parking_kills == 7);
   CHECK(config->parking_window_s == 300);
@@ -113,6 +117,14 @@ TEST_CASE("settings that are wrong are refused by name") {
       {"[pair]\npolling = 1", "\"always\""},
       {"[pair]\nheirs = \"always\"", "\"polling\""},
       {"[pair]\nhugepages = true", "\"never\""},
+      {"[pair]\ncpus = 2", "wants a list"},
+      {"[pair]\ncpus = [\"2\"]", "wants a list"},
+      {"[pair]\ncpus = [2.0]", "wants a list"},
+      {"[pair]\ncpus = [-1]", "wants a list"},
+      {"[pair]\ncpus = [1024]", "wants a list"},
+      {"[pair]\nshards = 2\ncpus = [2, 2]", "wants a list"},
+      {"[pair]\ncpus = [2, 3]", "one CPU for each"},
+      {"[pair]\nheirs = \"polling\"\ncpus = [2]", "two CPUs for each"},
       {"[parking]\nkills = -1", "from 0 to 1000"},
       {"[parking]\nkills = 1001", "from 0 to 1000"},
       {"[parking]\nwindow_s = 0", "from 1 to 86400"},

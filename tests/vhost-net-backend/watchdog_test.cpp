@@ -3,11 +3,16 @@
 #include "vhost-net-backend/watchdog.hpp"
 
 #include <poll.h>
+#include <sched.h>
+#include <sys/resource.h>
 #include <sys/timerfd.h>
 
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <string>
+#include <thread>
 
+#include "common/thread_priority.hpp"
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
 
@@ -177,4 +182,34 @@ TEST_CASE("work that waits: not what the uplink or the guest is to blame for") {
     send_from_uplink(world, flow, 0, 3);
     CHECK_FALSE(heir.work_waits());
   }
+}
+
+TEST_CASE("a thread that is to leave is put aside") {
+  const cpu_set_t allowed = allowed_cpus();
+  std::atomic<pid_t> tid = 0;
+  std::atomic<bool> stop = false;
+  std::thread leaver([&] {
+    tid = ::gettid();
+    tid.notify_one();
+    stop.wait(false);
+  });
+  tid.wait(0);
+  // The caller stays where it is while it asks.
+  const auto here = static_cast<unsigned>(::sched_getcpu());
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(here, &only);
+  REQUIRE(::sched_setaffinity(0, sizeof only, &only) == 0);
+  REQUIRE(::sched_setaffinity(tid, sizeof only, &only) == 0);
+  put_aside(tid, allowed);
+  CHECK(::getpriority(PRIO_PROCESS, static_cast<id_t>(tid.load())) == 19);
+  CHECK(runs_on(tid, here) == (CPU_COUNT(&allowed) == 1));
+  for (unsigned cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (cpu != here) CHECK(runs_on(tid, cpu) == (CPU_ISSET(cpu, &allowed) != 0));
+  REQUIRE(::sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+  stop = true;
+  stop.notify_one();
+  leaver.join();
+  put_aside(tid, allowed);  // gone: nothing happens
+  CHECK_FALSE(runs_on(tid, here));
 }
