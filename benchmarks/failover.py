@@ -3,8 +3,9 @@
 
 A prober on one core sends numbered frames through a backend on the other that loops them back: Tandem with null='loopback',
 testpmd forwarding between its one net_vhost port and itself, OVS-DPDK between two ports of a bridge. The blackout is the
-gap between the last arrival before the death and the first after it. Tandem's incidents, on the same clock, say when that
-was, and break it down; beside it stands the longest gap from the kill to 20 ms later, whatever it came of. Who restarts whom:
+longest gap that touches the time from the death to the first packet after it. Tandem's incidents, on the same clock, say when
+these were, and break the time down; beside it stands the longest gap from the kill to 20 ms after that packet, whatever it came
+of. A peer's blackout is its longest gap until the next kill: nobody notes when it was back. Who restarts whom:
 Tandem's standby takes over; testpmd is restarted by a loop here as soon as it has ended; ovs-vswitchd restarts itself
 (--monitor).
 """
@@ -45,23 +46,19 @@ class Found:
     longest_own: list = dataclasses.field(default_factory=list)  # us, the prober's part of each
     steps: list = dataclasses.field(default_factory=list)
     account: dict = dataclasses.field(default_factory=lambda: {"lost": 0, "duplicated": 0, "reordered": 0})
-    controls: list = dataclasses.field(default_factory=list)  # us
+    controls: list = dataclasses.field(default_factory=list)  # us, gaps in stretches as long as the blackouts'
+    longest_controls: list = dataclasses.field(default_factory=list)  # us, in stretches as long as the longest gaps'
     unasked: int = 0  # owners that were gone before we killed them
     problem: CannotRun | None = None
 
-    def add(self, seen, windows, deaths=None, floor_us=GAP_US):
-        """`windows`: where gaps of each kill may show, begin and end. `deaths`: when each came, if somebody noted that."""
-        for begin, end in windows:
-            # Without a gap that is noted the traffic went on.
-            gap = seen.longest(begin, end) or (floor_us, 0)
-            self.longest.append(gap[0])
-            self.longest_own.append(gap[1])
-        if deaths is None:
-            self.blackouts, self.own = self.longest, self.longest_own
-        for death in deaths or ():
-            gap = seen.spanning(death) or (floor_us, 0)
-            self.blackouts.append(gap[0])
-            self.own.append(gap[1])
+    def add(self, seen, blackouts, windows=(), floor_us=GAP_US):
+        """Of each kill: where its blackout must show, and where gaps that it led to may show, begin and end."""
+        for spans, gaps, own in ((blackouts, self.blackouts, self.own), (windows, self.longest, self.longest_own)):
+            for begin, end in spans:
+                # Without a gap that is noted the traffic went on.
+                gap = seen.longest(begin, end) or (floor_us, 0)
+                gaps.append(gap[0])
+                own.append(gap[1])
         for key, count in seen.account().items():
             self.account[key] += count
 
@@ -122,7 +119,7 @@ def _kill_owners(host, world, cause, number, found, load):
         host.wait_whole(not_pid=victim)
         time.sleep(0.7)
         seen = prober.finish()
-        windows, deaths = [], []
+        windows, blackouts = [], []
         kills = drilled if cause == OWN_FAULT else seen.kills()
         for (at, done), (fenced, first, steps) in zip(kills, resumed):
             if not done or fenced < at:
@@ -131,12 +128,13 @@ def _kill_owners(host, world, cause, number, found, load):
                 continue
             # A drill is asked for long before.
             windows.append(((fenced if cause == OWN_FAULT else at) - 1_000_000, fenced + first + LATER_NS))
-            # A hung owner stood still long before it was killed; the gap of a kill spans its mark.
-            deaths.append(fenced)
+            # Between the mark and the heir's first packet only frames that were under way arrive; a prober that naps sees them late.
+            blackouts.append((fenced, fenced + first + 1000 * (load.get("nap_us") or 0)))
             found.steps.append(steps)
-        found.add(seen, windows, deaths, load["gap_us"])
-        length = int(median([end - begin for begin, end in windows]) or 1_000_000)
-        found.controls += seen.control(length, [at for at, _ in kills], load["gap_us"])
+        found.add(seen, blackouts, windows, load["gap_us"])
+        for spans, controls in ((blackouts, found.controls), (windows, found.longest_controls)):
+            length = int(median([end - begin for begin, end in spans]) or 1_000_000)
+            controls += seen.control(length, [fenced for fenced, _, _ in resumed], load["gap_us"])
         host.release()
     finally:
         host.close()
@@ -184,7 +182,8 @@ class _RestartedTestpmd:
 
 
 def _peer_windows(seen):
-    return [(at, at + PEER_LIMIT * 1_000_000_000) for at, _ in seen.kills()]
+    kills = [at for at, _ in seen.kills()]
+    return [(at, min([at + PEER_LIMIT * 1_000_000_000, *(later for later in kills if later > at)])) for at in kills]
 
 
 def _testpmd(world, cause, number, found):
@@ -267,9 +266,10 @@ def run(world, report, quick, only=None):
     for (system, heir, cause), found in results.items():
         _rows(report, system, heir, cause, found)
     for heir in ("asleep", "polling"):
-        controls = [gap for (_, one, _), found in results.items() if one == heir for gap in found.controls]
+        controls, longest = ([gap for (_, one, _), found in results.items() if one == heir for gap in gaps(found)]
+                             for gaps in (lambda found: found.controls, lambda found: found.longest_controls))
         if controls:
-            report.row({"cause": "none (control)", "heir": heir}, "tandem", "us", controls)
+            report.row({"cause": "none (control)", "heir": heir}, "tandem", "us", controls, longest_us=median(longest))
     base = next((row for row in report.data["rows"] if row["system"] == "tandem" and row["cause"] == "SIGSEGV"), None)
     for row in report.data["rows"]:
         if base and row["system"] != "tandem" and row["cause"] == "SIGSEGV":
@@ -277,7 +277,7 @@ def run(world, report, quick, only=None):
     report.note(f"nobody notices a hang of testpmd: its row ends when it is continued after {HANG_LIMIT} s")
     report.note(f"{RATE} frames of 64 B a second; gaps below {GAP_US} us are not told apart. With an heir that polls, on the prober's "
                 f"core: {NAPPING['rate']} frames, and gaps below {NAPPING['gap_us']} us")
-    report.note("prober_us: longest stretch of the gap in which the prober itself did not run. longest_us: the longest gap from the kill to "
-                "20 ms after the first packet, and of that longest_prober_us. heartbeat_to_...: from the dead owner's "
+    report.note("prober_us: longest stretch of the gap in which the prober itself did not run. longest_us: Tandem's longest gap from 1 ms "
+                "before the kill to 20 ms after the first packet, and of that longest_prober_us. heartbeat_to_...: from the dead owner's "
                 "last round to the heir's first packet, and to where it begins to poll, by the backends' own clock. unasked: owners that "
                 "their standby had ended before we could")

@@ -86,10 +86,6 @@ class Seen:
         gap = max(found, key=lambda entry: entry[2] - entry[1])
         return (gap[2] - gap[1]) / 1000, gap[3] / 1000
 
-    def spanning(self, at):
-        """The longest gap of any flow that `at` lies in: (length, the prober's own part) in us; None: traffic went on."""
-        return self.longest(at, at)
-
     def control(self, length_ns, kills, floor_us):
         """Longest gaps (us) in stretches of that length with no kill within half a second; `floor_us` where none was noted."""
         found = []

@@ -59,7 +59,8 @@ Status pin_thread(pid_t tid, std::uint32_t cpu) {
   CPU_SET(cpu, &only);
   if (::sched_setaffinity(tid, sizeof only, &only) != 0)
     return fail_errno("pin poll thread " + std::to_string(tid) + " to CPU " + std::to_string(cpu),
-                      "see /sys/devices/system/cpu/online and tandemd's cpuset for the CPUs there are");
+                      errno == EPERM ? "tandemd needs CAP_SYS_NICE"
+                                     : "give CPUs that are in /sys/devices/system/cpu/online and in tandemd's cpuset");
   return {};
 }
 
@@ -70,9 +71,16 @@ bool runs_on(pid_t tid, std::uint32_t cpu) {
 
 Status keep_off(std::span<const std::uint32_t> cpus) {
   cpu_set_t others = allowed_cpus();
-  for (const std::uint32_t cpu : cpus) CPU_CLR(cpu, &others);
-  if (CPU_COUNT(&others) != 0 && ::sched_setaffinity(0, sizeof others, &others) != 0)
-    return fail_errno("leave the poll threads' CPUs to them");
+  for (const std::uint32_t cpu : cpus) {
+    if (!CPU_ISSET(cpu, &others))
+      return fail(ErrorKind::kInvalid,
+                  "CPU " + std::to_string(cpu) +
+                      " is not one that this process may use; see Cpus_allowed_list in /proc/self/status");
+    CPU_CLR(cpu, &others);
+  }
+  if (CPU_COUNT(&others) == 0)
+    return fail(ErrorKind::kUnsupported, "these are all CPUs there are: everything else goes on running on them, too");
+  if (::sched_setaffinity(0, sizeof others, &others) != 0) return fail_errno("leave the poll threads' CPUs to them");
   return {};
 }
 

@@ -36,8 +36,9 @@ Status pin_thread(pid_t tid, std::uint32_t cpu);
 /// Whether thread `tid` may run on `cpu`. False if it has gone.
 bool runs_on(pid_t tid, std::uint32_t cpu);
 
-/// The caller, and what it starts from now on, leaves `cpus` to others. Without another CPU to run on it stays where it
-/// is, and that is no error. kSystem: not permitted.
+/// The caller, and what it starts from now on, leaves `cpus` to others. kInvalid: it may not run on one of them itself,
+/// so they are not its to give; kUnsupported: there is no other CPU to run on, and it stays where it is; kSystem: not
+/// permitted.
 Status keep_off(std::span<const std::uint32_t> cpus);
 
 /// The CPUs that the calling thread may run on; none if that cannot be told.
@@ -45,7 +46,8 @@ cpu_set_t allowed_cpus();
 
 /// Thread `tid` of the same user, which is about to exit, does that on one of `cpus` but the caller's, and lets others
 /// go first: whichever thread of a process leaves last takes its address space apart, half a millisecond that the
-/// caller's CPU would be busy in the kernel. Does nothing for a thread that has gone.
+/// caller's CPU would be busy in the kernel. Does nothing if there is no such thread; that `tid` is still the one meant
+/// is the caller's care. It changes where and when a thread runs, never whether: nothing of the fence depends on it.
 void put_aside(pid_t tid, cpu_set_t cpus);
 
 }  // namespace tandem

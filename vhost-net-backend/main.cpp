@@ -68,6 +68,7 @@ tandem::Status start_eal(const char* program, const Options& options) {
 
 // DPDK's interrupt thread has no device to wait for here. A process that dies wakes each of its threads first, on the
 // CPU that its heir waits for: 16 us for one that sleeps on another CPU of a nested virtual machine.
+// If it stays, that is all that it costs.
 void end_interrupt_thread() {
   ::rte_eal_alarm_set(
       1, [](void*) { ::pthread_exit(nullptr); }, nullptr);

@@ -79,7 +79,6 @@ void Shard::beat(std::uint64_t now) {
   must_hold(std::all_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return pair.is_whole(); }));
   // The supervisor may have made us an heir's equal while we were taking over.
   if (!real_time_) become_ordinary();
-  if (drill_at_ns_ != 0 && monotonic_ns() >= drill_at_ns_) drill(drill_fault_);
   const std::uint64_t transactions = state().transactions.load(std::memory_order_relaxed);
   const bool moved = transactions != std::exchange(transactions_at_beat_, transactions);
   if (!moved && std::any_of(pairs_.begin(), pairs_.end(), [](const QueuePair& pair) { return has_work(pair); })) return;
@@ -104,6 +103,12 @@ void Shard::keep_alive() {
   const std::uint64_t now = rte_rdtsc();
   state().heartbeat_tsc.store(now, std::memory_order_relaxed);
   if (now - last_beat_ > config_.tsc_hz / 1'000'000 * kBeatMicroseconds) beat(now);
+}
+
+void Shard::drill_if_due() {
+  if (monotonic_ns() < drill_at_ns_) return;
+  drill_at_ns_ = 0;
+  drill(drill_fault_);
 }
 
 // A drill: the loop as it should be, but for the work.
@@ -143,7 +148,7 @@ void Shard::poll_as_owner() {
   const std::uint64_t beat_cycles = config_.tsc_hz / 1'000'000 * kBeatMicroseconds;
   const std::uint64_t taken_over = rte_rdtsc();
   std::uint64_t last_work = taken_over;
-  drill_at_ns_ = 0;  // one that came before a handover is not for whoever owns now
+  drill_at_ns_ = 0;  // of an ownership that ended by a handover
   if (first_transaction_pending_) note_first_transaction();
   while (!stop_) {
     const std::uint64_t now = rte_rdtsc();
@@ -156,6 +161,8 @@ void Shard::poll_as_owner() {
       run_commands();
       last_work = now;
     }
+    if (drill_at_ns_ != 0) [[unlikely]]
+      drill_if_due();
     const bool worked = poll_once();
     if (kicks_asked_) [[unlikely]]
       refuse_kicks();

@@ -108,7 +108,8 @@ void Shard::execute(ArmCommand& command) {
 }
 
 void Shard::execute(DrillCommand& command) {
-  if (command.after_ms == 0 || !owner_) return drill(command.fault);
+  if (command.after_ms == 0) return drill(command.fault);
+  if (!owner_) return;  // it has just let go: a switchover calls a drill off
   drill_fault_ = command.fault;
   drill_at_ns_ = monotonic_ns() + std::uint64_t{command.after_ms} * 1'000'000;
 }

@@ -179,6 +179,7 @@ class Shard {
   // owner.cpp
   void beat(std::uint64_t now);
   void push_switch();
+  void drill_if_due();
   void poll_as_owner();
   bool poll_once();
   void look_at_suspects(QueuePair& pair);

@@ -95,7 +95,10 @@ bool Shard::take_over() {
 
 void Shard::report() {
   if (!std::exchange(report_owed_, false)) return;
-  if (former_watchdog_) former_watchdog_->put_aside(control_cpus_);
+  // A polling heir has a CPU of its own, where the dead owner never was.
+  if (former_watchdog_ && former_watchdog_->tag() == state().takeover.previous_tag &&
+      config_.heirs != HeirWait::kPolling)
+    former_watchdog_->put_aside(control_cpus_);
   former_watchdog_.reset();
   say(TookOverEvent{state().takeover});
 }

@@ -93,7 +93,9 @@ void Watchdog::look(OwnerView& view) const {
   view.uses_cpu = cpu_time(pid_) - before > kBusyNs;
 }
 
-void Watchdog::put_aside(const cpu_set_t& cpus) const { tandem::put_aside(tid_, cpus); }
+void Watchdog::put_aside(const cpu_set_t& cpus) const {
+  if (::syscall(SYS_tgkill, pid_, tid_, 0) == 0) tandem::put_aside(tid_, cpus);
+}
 
 void Watchdog::kill() const { ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0); }
 

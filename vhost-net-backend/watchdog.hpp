@@ -90,7 +90,8 @@ class Watchdog {
   void look(OwnerView& view) const;
   /// SIGKILL. The fence says when it is dead.
   void kill() const;
-  /// Once the fence has said so: it is to leave on one of `cpus`, out of the caller's way.
+  /// Once the fence has said so: it is to leave on one of `cpus`, out of the caller's way. Nothing happens if it has
+  /// gone.
   void put_aside(const cpu_set_t& cpus) const;
 
  private:

@@ -14,7 +14,7 @@
 namespace tandem {
 
 inline constexpr std::uint32_t kControlMagic = 0x54444d43;  // "CMDT"
-inline constexpr std::uint16_t kControlVersion = 4;
+inline constexpr std::uint16_t kControlVersion = 5;
 
 enum class ControlType : std::uint16_t {
   // supervisor -> backend

@@ -91,17 +91,23 @@ class Arrivals:
 
 
 def late(path):
-    """When datagrams of one direction arrived after a later one of their flow, ns of this host's CLOCK_MONOTONIC."""
+    """What arrived after a later datagram of its flow, one direction: when (ns of this host's CLOCK_MONOTONIC), and whether after a
+    later one that was late itself: no two rings explain that. Duplicates are none of them.
+    """
     records = array.array("Q")
     with open(path, "rb") as file:
         records.frombytes(file.read())
-    times, highest = [], {}
+    found, highest, highest_late, seen = [], {}, {}, set()
     for time_ns, number in zip(records[0::2], records[1::2]):
         flow, sequence = number >> 48, number & (1 << 48) - 1
+        if number in seen:
+            continue
+        seen.add(number)
         if sequence < highest.get(flow, 0):
-            times.append(time_ns)
+            found.append((time_ns, sequence < highest_late.get(flow, 0)))
+            highest_late[flow] = max(sequence, highest_late.get(flow, 0))
         highest[flow] = max(sequence, highest.get(flow, 0))
-    return times
+    return found
 
 
 def gap(arrivals, begin, end):

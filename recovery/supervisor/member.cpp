@@ -29,8 +29,7 @@ constexpr int kExitNotExecutable = 126;
 // CPU time at real-time priority without a blocking system call.
 constexpr rlim_t kRealTimeLimitUs = 2'000'000;
 
-// Everything a child does between vfork and exec; returns only on failure. It runs in its parent's memory: system calls
-// only, and of the kernel itself where glibc's would tell all threads of the process that it takes itself for.
+// Everything a child does between fork and exec; returns only on failure. Async-signal-safe calls only.
 int become_backend(const char* program, char* const* arguments, char* const* environment, const passwd* account,
                    int control) {
   sigset_t none;
@@ -41,9 +40,7 @@ int become_backend(const char* program, char* const* arguments, char* const* env
   if (control == kChildControlFd && ::fcntl(control, F_SETFD, 0) != 0) return errno;
   ::syscall(SYS_close_range, kChildControlFd + 1, ~0u, 0);
   if (account != nullptr) {
-    if (::syscall(SYS_setgroups, 0, nullptr) != 0 || ::syscall(SYS_setgid, account->pw_gid) != 0 ||
-        ::syscall(SYS_setuid, account->pw_uid) != 0)
-      return errno;
+    if (::setgroups(0, nullptr) != 0 || ::setgid(account->pw_gid) != 0 || ::setuid(account->pw_uid) != 0) return errno;
   }
   // Heirs sleep with real-time priority (common/thread_priority.hpp). One that does not sleep must not keep a CPU.
   const rlimit real_time{kRealTimeLimitUs, kRealTimeLimitUs};
@@ -91,9 +88,9 @@ Result<Member> Member::spawn(const Config& config, const std::string& backend_pa
     if (!std::string_view(*entry).starts_with("XDG_RUNTIME_DIR=")) environment.push_back(*entry);
   environment.push_back(nullptr);
   const int control = channels->second.fd();
-  // Not fork(): copying page tables, and then every page that we touch, doubled what a failover costs here, on a CPU
-  // that the new owner may want.
-  const pid_t pid = ::vfork();
+  // Not vfork(), although it would save half of what a failover costs us: its child runs as the backends' user and in
+  // our memory, and we stand still until it has called exec. Whoever of that user stops it stops us.
+  const pid_t pid = ::fork();
   if (pid < 0) return fail_errno(doing);
   if (pid == 0) {
     const int error = become_backend(backend_path.c_str(), arguments.data(), environment.data(), account, control);
@@ -117,6 +114,7 @@ Member Member::adopt(pid_t pid, UniqueFd pidfd, UniqueFd channel) {
   member.pid_ = pid;
   member.pidfd_ = std::move(pidfd);
   member.channel_ = FdChannel{std::move(channel)};
+  member.adopted = true;
   return member;
 }
 

@@ -72,6 +72,7 @@ class Member {
   /// changes before the owner is. An heir that has not caught up takes over late, once it has.
   bool caught_up = false;
   std::uint64_t spawned_ns = 0;
+  bool adopted = false;               ///< started by a supervisor before this one
   std::uint32_t reported_shards = 0;  ///< a bit for each shard of which it has said, as an heir, that it took it over
   bool dead_at_adoption = false;      ///< its heir's report, which names it, may be on its way to this supervisor
   std::uint64_t heir_since_ns = 0;

@@ -140,7 +140,7 @@ class Pair {
   /// Whether the owner has made no step to a generation although it could have: not runnable and past the limit. Kills
   /// it then. An heir that is to follow a dead owner counts as one. Returns true if it was killed.
   bool kill_if_hung(const std::string& why);
-  Status drill(DrillFault fault, std::uint32_t after_ms = 0);
+  Status drill(DrillFault fault, std::uint32_t after_ms);
   /// Makes owner and heir change places without a death. Ends in on_takeover() for each shard, or on_not_handed_over().
   Status switchover();
   /// How long an owner may stand still before its heir ends it; 0: not watched.

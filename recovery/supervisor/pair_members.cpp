@@ -169,12 +169,14 @@ Status Pair::arm_shard(Member& member, std::uint32_t shard) {
   return tell_peer(member, peer, shard);
 }
 
-// Heirs that poll have CPUs of their own: those that the peer does not have.
+// Heirs that poll have CPUs of their own: those of the list that the peer is not on. A member that was started under
+// another configuration, perhaps, stays where it is.
 Status Pair::place(const Member& member, const Member* peer, std::uint32_t shard) const {
-  if (config_.cpus.empty()) return {};
+  if (config_.cpus.empty() || member.adopted) return {};
   const bool second =
-      config_.heirs == Heirs::kPolling && peer != nullptr && runs_on(peer->threads[shard], config_.cpus[shard]);
-  return pin_thread(member.threads[shard], config_.cpus[second ? config_.shards + shard : shard]);
+      config_.heirs == Heirs::kPolling && peer != nullptr && runs_on(peer->threads.front(), config_.cpus.front());
+  auto pinned = pin_thread(member.threads[shard], config_.cpus[second ? config_.shards + shard : shard]);
+  return pinned ? pinned : within("pair " + name_ + ", pair.cpus", std::move(pinned.error()));
 }
 
 // Only a thread whose watch is confirmed. An owner has given it up and is left alone; it costs a little time, no more,

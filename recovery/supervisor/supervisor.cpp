@@ -37,7 +37,11 @@ Result<std::unique_ptr<Supervisor>> Supervisor::start(Config config, EventLoop& 
     return within("start tandemd", std::move(supported.error()));
   std::unique_ptr<Supervisor> self{new Supervisor(std::move(config), loop)};
   // And so do the backends' control threads, which are started from here.
-  if (auto kept = keep_off(self->config_.cpus); !kept) return within("start tandemd", std::move(kept.error()));
+  if (auto kept = self->config_.cpus.empty() ? Status{} : keep_off(self->config_.cpus); !kept) {
+    if (kept.error().kind != ErrorKind::kUnsupported)
+      return within("start tandemd: pair.cpus", std::move(kept.error()));
+    spdlog::warn("pair.cpus: {}", kept.error().text);
+  }
   if (auto prepared = self->prepare_directories(); !prepared)
     return within("start tandemd", std::move(prepared.error()));
   auto vault = VaultClient::connect(self->config_.vault_socket());

@@ -170,9 +170,12 @@ void Supervisor::drill(const nlohmann::json& request, const ControlServer::Answe
   const std::uint64_t before = incidents_->recent().empty() ? 0 : incidents_->recent().back().id;
   if (auto sent = pair->second->drill(fault->second, request.value("after_ms", 0u)); !sent)
     return answer(refusal(sent.error().text));
-  spdlog::warn("pair {}: its active backend was told to fail: drill {}", pair->first, fault->first);
-  await_incidents({pair->first, before, false, 1, answer, {}},
-                  "drill: the backend was told to fail, and no failover was recorded within 20 s");
+  spdlog::warn("pair {}: its active backend was told to fail in {} ms: drill {}", pair->first,
+               request.value("after_ms", 0u), fault->first);
+  await_incidents(
+      {pair->first, before, false, 1, answer, {}},
+      "drill: the backend was told to fail, and no failover was recorded within 20 s; a switchover calls a drill off, "
+      "and a livelock is found only where there is work");
 }
 
 void Supervisor::switchover(const nlohmann::json& request, const ControlServer::Answer& answer) {

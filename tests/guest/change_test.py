@@ -122,7 +122,7 @@ class Change(Stage):
         """Nothing twice, out of order or damaged, the TCP stream whole; unless the device was away, nothing lost and no link change.
 
         Order is a ring's: a flow that the guest moves to another ring while frames of it wait in the first may be overtaken by
-        itself, with any backend. So what comes late during one of these `reroutes` is counted apart.
+        itself, with any backend. So what comes late during one of these `reroutes`, and in order by itself, is counted apart.
         """
         traffic.wait_flow(0.5)
         report = traffic.finish()
@@ -144,11 +144,12 @@ class Change(Stage):
         failovers = sorted(measure.window(incident) for incident in self.tandem.incidents() if incident["kind"] == "failover")
         moves = []
         for begin, end in reroutes:
-            for fenced, resumed in failovers:
-                if fenced <= end and resumed >= begin:
-                    end = max(end, resumed)
+            for first, last in failovers:
+                if first <= end and last >= begin:
+                    end = max(end, last)
             moves.append((begin, end))
-        return sum(any(begin <= time_ns <= end for begin, end in moves) for time_ns in measure.late(report["arrivals"]["from_guest"]))
+        return sum(not twice_late and any(begin <= time_ns <= end for begin, end in moves)
+                   for time_ns, twice_late in measure.late(report["arrivals"]["from_guest"]))
 
     # --- the changes --------------------------------------------------------------------------------------------------------------
 

@@ -139,6 +139,39 @@ TEST_CASE("drills: faults of the backend's own under traffic") {
   require_clean_end(host, {"one"});
 }
 
+TEST_CASE("drills that wait: of an owner that sleeps, and called off by a switchover") {
+  SKIP_UNLESS_PAIR();
+  PairHost host;
+  host.start();
+  require_domain(host, "one", {{}});
+  {
+    ScriptedFrontEnd guest = start_guest(host, kMac);
+    Traffic traffic(guest, kMac);
+    REQUIRE(traffic.pump_frames(10));
+    REQUIRE(eventually([&] { return host.pair()["active"]["state"] == "asleep"; }));
+    const pid_t first = host.active(), second = host.standby();
+    const json answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", "segv"}, {"after_ms", 20}});
+    INFO(answer.dump(2));
+    REQUIRE(answer.value("ok", false));
+    CHECK(answer["incident"]["victim_pid"] == first);
+    CHECK(host.active() == second);
+    pump_until_paired(host, traffic, first);
+    const pid_t third = host.standby();
+    const UniqueFd drill = host.tell({{"command", "drill"}, {"pair", "default"}, {"fault", "segv"}, {"after_ms", 300}});
+    REQUIRE(drill);  // the answer would come after 20 s
+    REQUIRE(host.ask({{"command", "switchover"}, {"pair", "default"}}).value("ok", false));
+    REQUIRE(host.ask({{"command", "switchover"}, {"pair", "default"}}).value("ok", false));
+    const std::uint64_t due = monotonic_ns() + 400'000'000;
+    REQUIRE(traffic.pump_until([&] { return monotonic_ns() > due; }));
+    CHECK(host.active() == second);
+    CHECK(host.standby() == third);
+    const TrafficResult result = traffic.finish();
+    CAPTURE(result);
+    CHECK(result.clean());
+  }
+  require_clean_end(host, {"one"});
+}
+
 TEST_CASE("owner and heir die together: a new backend goes on") {
   SKIP_UNLESS_PAIR();
   PairHost host;

@@ -39,7 +39,7 @@ void check_keeps_off(pid_t pid, pid_t poll_thread, const std::vector<std::uint32
 
 }  // namespace
 
-TEST_CASE("poll threads run on the CPU that is theirs, and nothing else does") {
+TEST_CASE("poll threads run on the CPU that is theirs, tandemd and other threads of backends do not") {
   SKIP_UNLESS_PAIR();
   const std::vector<std::uint32_t> allowed = cpus_of(0);
   if (allowed.size() < 2) TANDEM_SKIP("one CPU only: nothing can keep off it");
@@ -63,6 +63,7 @@ TEST_CASE("poll threads run on the CPU that is theirs, and nothing else does") {
       const pid_t victim = host.active();
       REQUIRE(::kill(victim, SIGKILL) == 0);
       pump_until_paired(host, traffic, victim);
+      REQUIRE(host.ask({{"command", "switchover"}, {"pair", "default"}}).value("ok", false));
     }
     const TrafficResult result = traffic.finish();
     CAPTURE(result);

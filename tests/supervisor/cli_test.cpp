@@ -129,7 +129,11 @@ TEST_CASE("without a tandemd every command says what to do, and exits with 1") {
     CHECK(json::parse(machine.output)["ok"] == false);
   }
   CHECK(directory.run(program + "drill --fault flood").status != 0);
-  CHECK(directory.run(program + "drill --after 10001").status != 0);
+  for (const char* wrong : {"10001", "-1", "1.5", "soon"}) {
+    const auto refused = directory.run(program + "drill --after " + wrong);
+    CHECK(refused.status > 1);  // 1: nobody answered
+    CHECK((refused.output + refused.errors).find("--after") != std::string::npos);
+  }
   CHECK(directory.run(program + "dance").status != 0);
   CHECK(directory.run(std::string(TANDEM_CLI_BINARY)).status != 0);
   CHECK(directory.run(program + "--version").output.find("virt-tandem ") == 0);

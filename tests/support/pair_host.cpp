@@ -301,11 +301,17 @@ void PairHost::kill_everything() {
   leaders_.clear();
 }
 
-PairHost::json PairHost::ask(const json& request) const {
-  const UniqueFd socket = connect_to(control_socket());
+UniqueFd PairHost::tell(const json& request) const {
+  UniqueFd socket = connect_to(control_socket());
   const std::string line = request.dump() + "\n";
   if (!socket || ::send(socket.get(), line.data(), line.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(line.size()))
-    return {{"ok", false}, {"error", "tandemd is not there"}};
+    return {};
+  return socket;
+}
+
+PairHost::json PairHost::ask(const json& request) const {
+  const UniqueFd socket = tell(request);
+  if (!socket) return {{"ok", false}, {"error", "tandemd is not there"}};
   std::string answer;
   char buffer[8192];
   for (;;) {

@@ -73,6 +73,8 @@ class PairHost {
 
   /// One request, one answer; the answer of a dead tandemd is {"ok": false}.
   json ask(const json& request) const;
+  /// Asks without waiting: the connection on which the answer will come; empty if tandemd is not there.
+  UniqueFd tell(const json& request) const;
   json status() const { return ask({{"command", "status"}}); }
   json hook(const std::string& domain, const std::string& operation, const std::string& sub_operation,
             const std::string& xml) const;

@@ -188,7 +188,7 @@ TEST_CASE("a thread that is to leave is put aside") {
   const cpu_set_t allowed = allowed_cpus();
   std::atomic<pid_t> tid = 0;
   std::atomic<bool> stop = false;
-  std::thread leaver([&] {
+  std::jthread leaver([&] {
     tid = ::gettid();
     tid.notify_one();
     stop.wait(false);
@@ -199,17 +199,28 @@ TEST_CASE("a thread that is to leave is put aside") {
   cpu_set_t only;
   CPU_ZERO(&only);
   CPU_SET(here, &only);
-  REQUIRE(::sched_setaffinity(0, sizeof only, &only) == 0);
-  REQUIRE(::sched_setaffinity(tid, sizeof only, &only) == 0);
-  put_aside(tid, allowed);
-  CHECK(::getpriority(PRIO_PROCESS, static_cast<id_t>(tid.load())) == 19);
-  CHECK(runs_on(tid, here) == (CPU_COUNT(&allowed) == 1));
-  for (unsigned cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (cpu != here) CHECK(runs_on(tid, cpu) == (CPU_ISSET(cpu, &allowed) != 0));
-  REQUIRE(::sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+  const bool pinned =
+      ::sched_setaffinity(0, sizeof only, &only) == 0 && ::sched_setaffinity(tid, sizeof only, &only) == 0;
+  Watchdog({}, ::getpid(), tid, 1).put_aside(allowed);
+  const int nice = ::getpriority(PRIO_PROCESS, static_cast<id_t>(tid.load()));
+  cpu_set_t now;
+  CPU_ZERO(&now);
+  ::sched_getaffinity(tid, sizeof now, &now);
+  ::sched_setaffinity(0, sizeof allowed, &allowed);
   stop = true;
   stop.notify_one();
-  leaver.join();
-  put_aside(tid, allowed);  // gone: nothing happens
-  CHECK_FALSE(runs_on(tid, here));
+  REQUIRE(pinned);
+  CHECK(nice == 19);
+  cpu_set_t elsewhere = allowed;
+  CPU_CLR(here, &elsewhere);
+  CHECK(CPU_EQUAL(&now, CPU_COUNT(&elsewhere) == 0 ? &only : &elsewhere));
+}
+
+TEST_CASE("a thread of another process is not put aside under an id that it has now") {
+  const cpu_set_t before = allowed_cpus();
+  // Our own thread, but not of that process.
+  Watchdog({}, ::getppid(), ::gettid(), 1).put_aside(before);
+  CHECK(::getpriority(PRIO_PROCESS, 0) != 19);
+  const cpu_set_t after = allowed_cpus();
+  CHECK(CPU_EQUAL(&before, &after));
 }
