@@ -58,9 +58,10 @@ Status pin_thread(pid_t tid, std::uint32_t cpu) {
   CPU_ZERO(&only);
   CPU_SET(cpu, &only);
   if (::sched_setaffinity(tid, sizeof only, &only) != 0)
-    return fail_errno("pin poll thread " + std::to_string(tid) + " to CPU " + std::to_string(cpu),
-                      errno == EPERM ? "tandemd needs CAP_SYS_NICE"
-                                     : "give CPUs that are in /sys/devices/system/cpu/online and in tandemd's cpuset");
+    return fail_errno(
+        "pin " + (tid == 0 ? "a thread" : "poll thread " + std::to_string(tid)) + " to CPU " + std::to_string(cpu),
+        errno == EPERM ? "tandemd needs CAP_SYS_NICE"
+                       : "give CPUs that are in /sys/devices/system/cpu/online and in tandemd's cpuset");
   return {};
 }
 
@@ -70,18 +71,20 @@ bool runs_on(pid_t tid, std::uint32_t cpu) {
 }
 
 Status keep_off(std::span<const std::uint32_t> cpus) {
-  cpu_set_t others = allowed_cpus();
+  const cpu_set_t before = allowed_cpus();
+  cpu_set_t others = before;
+  Status usable;
   for (const std::uint32_t cpu : cpus) {
-    if (!CPU_ISSET(cpu, &others))
-      return fail(ErrorKind::kInvalid,
-                  "CPU " + std::to_string(cpu) +
-                      " is not one that this process may use; see Cpus_allowed_list in /proc/self/status");
+    if (usable) usable = pin_thread(0, cpu);
     CPU_CLR(cpu, &others);
   }
-  if (CPU_COUNT(&others) == 0)
+  const bool some = CPU_COUNT(&others) != 0;
+  const cpu_set_t& next = usable && some ? others : before;
+  if (::sched_setaffinity(0, sizeof next, &next) != 0 && usable)
+    return fail_errno("leave the poll threads' CPUs to them");
+  if (usable && !some)
     return fail(ErrorKind::kUnsupported, "these are all CPUs there are: everything else goes on running on them, too");
-  if (::sched_setaffinity(0, sizeof others, &others) != 0) return fail_errno("leave the poll threads' CPUs to them");
-  return {};
+  return usable;
 }
 
 cpu_set_t allowed_cpus() {

@@ -36,9 +36,9 @@ Status pin_thread(pid_t tid, std::uint32_t cpu);
 /// Whether thread `tid` may run on `cpu`. False if it has gone.
 bool runs_on(pid_t tid, std::uint32_t cpu);
 
-/// The caller, and what it starts from now on, leaves `cpus` to others. kInvalid: it may not run on one of them itself,
-/// so they are not its to give; kUnsupported: there is no other CPU to run on, and it stays where it is; kSystem: not
-/// permitted.
+/// The caller, and what it starts from now on, leaves `cpus` to others, whether it ran there so far or not (isolcpus=).
+/// kSystem: one of them cannot be used by anybody, and nothing has changed; kUnsupported: there is no other CPU to run
+/// on, and the caller stays where it is.
 Status keep_off(std::span<const std::uint32_t> cpus);
 
 /// The CPUs that the calling thread may run on; none if that cannot be told.

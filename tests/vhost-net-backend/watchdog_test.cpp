@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "common/thread_priority.hpp"
+#include "tests/support/skip.hpp"
 #include "tests/support/takeover_check.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
 
@@ -223,4 +224,39 @@ TEST_CASE("a thread of another process is not put aside under an id that it has 
   CHECK(::getpriority(PRIO_PROCESS, 0) != 19);
   const cpu_set_t after = allowed_cpus();
   CHECK(CPU_EQUAL(&before, &after));
+}
+
+TEST_CASE("a thread keeps off CPUs that others are given") {
+  const cpu_set_t allowed = allowed_cpus();
+  if (CPU_COUNT(&allowed) < 2) TANDEM_SKIP("one CPU only: nothing can keep off it");
+  std::uint32_t last = 0;
+  for (std::uint32_t cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &allowed)) last = cpu;
+  cpu_set_t others = allowed;
+  CPU_CLR(last, &others);
+  std::vector<cpu_set_t> found;
+  std::vector<Status> said;
+  // In a thread of its own, whose affinity ends with it.
+  std::jthread([&] {
+    const auto keep = [&](std::vector<std::uint32_t> cpus) {
+      said.push_back(keep_off(cpus));
+      found.push_back(allowed_cpus());
+    };
+    keep({CPU_SETSIZE - 1});
+    keep({last});
+    keep({last});  // which it may not run on any more, as if it had been isolated
+    std::vector<std::uint32_t> all;
+    for (std::uint32_t cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &allowed)) all.push_back(cpu);
+    keep(all);
+  }).join();
+  CHECK(said[0].error().kind == ErrorKind::kSystem);
+  CHECK(said[0].error().text.find("CPU 1023") != std::string::npos);
+  CHECK(CPU_EQUAL(&found[0], &allowed));
+  for (const std::size_t i : {1u, 2u}) {
+    CHECK(said[i].has_value());
+    CHECK(CPU_EQUAL(&found[i], &others));
+  }
+  CHECK(said[3].error().kind == ErrorKind::kUnsupported);
+  CHECK(CPU_EQUAL(&found[3], &others));
 }
