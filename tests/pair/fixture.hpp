@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <catch2/catch.hpp>
+#include <thread>
 
 #include "tests/pair/numbered.hpp"
 #include "tests/support/pair_host.hpp"
@@ -58,6 +60,44 @@ inline void pump_until_paired(PairHost& host, Traffic& traffic, pid_t not_this) 
     return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["active"]["pid"] != not_this;
   });
   if (!paired) FAIL("no pair again: " << host.status().dump(2));
+}
+
+/// The answer to a request that takes traffic to be answered: asked for beside it.
+inline nlohmann::json ask_beside(PairHost& host, Traffic& traffic, const nlohmann::json& request) {
+  nlohmann::json answer;
+  bool answered = false;
+  std::thread asking([&] {
+    answer = host.ask(request);
+    std::atomic_ref(answered).store(true);
+  });
+  const bool done = traffic.pump_until([&] { return std::atomic_ref(answered).load(); });
+  asking.join();
+  REQUIRE(done);
+  return answer;
+}
+
+/// Under traffic until the pair has an owner, and a standby that holds everything.
+inline void require_whole(PairHost& host, Traffic& traffic) {
+  const bool paired = traffic.pump_until([&] {
+    const nlohmann::json pair = host.pair();
+    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["standby"]["state"] == "ready";
+  });
+  if (!paired) FAIL("no pair again: " << host.status().dump(2) << host.log());
+}
+
+/// Active and standby change places, under traffic. Until it succeeds: a standby that gets no CPU in time is refused,
+/// for the owner takes the shard back, and an owner that gets none may be taken for hung and lose its place. Both cost
+/// time and nothing else, and are recorded.
+inline nlohmann::json switch_over_for_good(PairHost& host, Traffic& traffic) {
+  for (int attempt = 0; attempt < 50; ++attempt) {
+    require_whole(host, traffic);
+    nlohmann::json answer = ask_beside(host, traffic, {{"command", "switchover"}, {"pair", "default"}});
+    if (answer.value("ok", false)) return answer;
+    INFO(answer.dump(2));
+    REQUIRE(answer["error"].get<std::string>().find("try again") != std::string::npos);
+  }
+  FAIL("no switchover in 50 attempts");
+  return {};
 }
 
 }  // namespace tandem::test

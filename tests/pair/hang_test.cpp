@@ -109,15 +109,7 @@ void find_drilled_hangs(const PairHostOptions& options, int rounds) {
         INFO(fault);
         REQUIRE(traffic.pump_frames(100));
         const pid_t victim = host.active();
-        json answer;
-        bool answered = false;
-        std::thread asking([&, name = std::string(fault)] {
-          answer = host.ask({{"command", "drill"}, {"pair", "default"}, {"fault", name}});
-          std::atomic_ref(answered).store(true);
-        });
-        const bool done = traffic.pump_until([&] { return std::atomic_ref(answered).load(); });
-        asking.join();
-        REQUIRE(done);
+        const json answer = ask_beside(host, traffic, {{"command", "drill"}, {"pair", "default"}, {"fault", fault}});
         INFO(answer.dump(2));
         REQUIRE(answer.value("ok", false));
         CHECK(answer["incident"]["detected_by"] == "watchdog");

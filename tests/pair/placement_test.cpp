@@ -63,7 +63,7 @@ TEST_CASE("poll threads run on the CPU that is theirs, tandemd and other threads
       const pid_t victim = host.active();
       REQUIRE(::kill(victim, SIGKILL) == 0);
       pump_until_paired(host, traffic, victim);
-      REQUIRE(host.ask({{"command", "switchover"}, {"pair", "default"}}).value("ok", false));
+      switch_over_for_good(host, traffic);
     }
     const TrafficResult result = traffic.finish();
     CAPTURE(result);

@@ -20,42 +20,6 @@ using nlohmann::json;
 
 namespace {
 
-// The answer to a switchover, asked for beside the traffic that it is about.
-json switch_over(PairHost& host, Traffic& traffic) {
-  json answer;
-  bool answered = false;
-  std::thread asking([&] {
-    answer = host.ask({{"command", "switchover"}, {"pair", "default"}});
-    std::atomic_ref(answered).store(true);
-  });
-  const bool done = traffic.pump_until([&] { return std::atomic_ref(answered).load(); });
-  asking.join();
-  REQUIRE(done);
-  return answer;
-}
-
-void require_paired(PairHost& host, Traffic& traffic) {
-  const bool paired = traffic.pump_until([&] {
-    const json pair = host.pair();
-    return pair["state"] == "paired" && pair["active"]["pid"].is_number() && pair["standby"]["state"] == "ready";
-  });
-  if (!paired) FAIL("no pair again: " << host.status().dump(2) << host.log());
-}
-
-// Until one succeeds: a standby that gets no CPU in time is refused, for the owner takes the shard back, and an owner
-// that gets none may be taken for hung and lose its place. Both cost time and nothing else, and are recorded.
-json switch_over_for_good(PairHost& host, Traffic& traffic) {
-  for (int attempt = 0; attempt < 50; ++attempt) {
-    require_paired(host, traffic);
-    json answer = switch_over(host, traffic);
-    if (answer.value("ok", false)) return answer;
-    INFO(answer.dump(2));
-    REQUIRE(answer["error"].get<std::string>().find("try again") != std::string::npos);
-  }
-  FAIL("no switchover in 50 attempts");
-  return {};
-}
-
 void check_handover(const json& incident, pid_t former, pid_t heir) {
   CAPTURE(incident.dump(2));
   CHECK(incident["kind"] == "handover");
@@ -219,7 +183,7 @@ TEST_CASE("the new owner dies: the former one takes over again") {
       CAPTURE(incident.dump(2));
       CHECK(incident["heir_pid"] == former);
       CHECK(incident["cause"] == "SIGKILL");
-      require_paired(host, traffic);
+      require_whole(host, traffic);
       CHECK(host.active() == former);
     }
     const TrafficResult result = traffic.finish();
@@ -251,7 +215,7 @@ TEST_CASE("either side is killed in the middle of a switchover") {
         REQUIRE(traffic.pump_frames(50));
         const pid_t owner = host.active(), heir = host.standby();
         probes.arm(row.point, 1);
-        const json answer = switch_over(host, traffic);
+        const json answer = ask_beside(host, traffic, {{"command", "switchover"}, {"pair", "default"}});
         INFO(answer.dump(2));
         REQUIRE(traffic.pump_until([&] { return probes->killed.load() != 0; }));
         CHECK(static_cast<pid_t>(probes->killed.load()) == (row.owner ? owner : heir));
@@ -301,7 +265,7 @@ TEST_CASE("tandemd is killed in the middle of a switchover: the next one adopts 
     // It knows who is who: a switchover and a failover work.
     switch_over_for_good(host, traffic);
     ::kill(host.active(), SIGKILL);
-    require_paired(host, traffic);
+    require_whole(host, traffic);
     const TrafficResult result = traffic.finish();
     CAPTURE(result);
     CHECK(result.clean());
@@ -325,7 +289,7 @@ TEST_CASE("a switchover that cannot be is refused, and nothing changes") {
     ::kill(standby, SIGKILL);
     json answer;
     REQUIRE(eventually([&] { return host.standby() != standby; }));
-    answer = switch_over(host, traffic);
+    answer = ask_beside(host, traffic, {{"command", "switchover"}, {"pair", "default"}});
     if (!answer.value("ok", false)) CHECK(answer["error"].get<std::string>().find("again") != std::string::npos);
     REQUIRE(traffic.pump_frames(50));
     CHECK((answer.value("ok", false) || host.active() == owner));
