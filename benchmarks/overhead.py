@@ -6,9 +6,11 @@ The other engine (tandem-backend-unprotected, vhost-net-backend/protection.hpp) 
 """
 import os
 import re
+import statistics
 import subprocess
 import time
 
+import quiet
 import tandem
 import testpmd
 from results import wanted
@@ -19,14 +21,14 @@ PROGRAMS = {"tandem": "tandem-backend", "unprotected": "tandem-backend-unprotect
 COUNTED = {"tandem": "tandem-engine-cost", "unprotected": "tandem-engine-cost-unprotected"}
 
 
-def _rate(world, system, mode, uplink, length, counter, seconds):
+def _rate(world, system, mode, uplink, length, counter, looks):
     host = tandem.Tandem(world, polling="always", backend=world.program(PROGRAMS[system]))
     try:
         host.provide({tandem.MAC: uplink.format(bytes=length)})
         guest = testpmd.guest(world, host.socket(), mode, length)
         try:
-            time.sleep(min(0.5, seconds))
-            return guest.rates(seconds)[counter]
+            time.sleep(0.5)
+            return looks.sample(lambda seconds: guest.rates(seconds)[counter] / 1e6)
         finally:
             guest.close()
             host.release()
@@ -71,22 +73,24 @@ def _count(world, report, quick, only):
 
 
 def run(world, report, quick, only=None):
-    rounds, seconds = (1, 0.3) if quick else (9, 2.0)
+    rounds = 1 if quick else 5
+    looks = quiet.Quiet(world, quick)
     world.tool("valgrind", "valgrind")
     try:
         for mode, uplink, counter in CASES:
             for length in (64,) if quick else (64, 512, 1518):
                 if not wanted(only, unit="Mpps/core", direction=mode, bytes=length):
                     continue
-                samples = {system: [] for system in PROGRAMS}
-                for number in range(rounds):
-                    for system, found in samples.items():
-                        report.progress(f"{mode}, {length} bytes, {system}, round {number + 1} of {rounds}")
-                        found.append(_rate(world, system, mode, uplink, length, counter, seconds) / 1e6)
-                middle = {system: sorted(found)[len(found) // 2] for system, found in samples.items()}
-                for system, found in samples.items():
+                found = quiet.take_turns(
+                    list(PROGRAMS), rounds,
+                    lambda system, mode=mode, uplink=uplink, length=length, counter=counter: _rate(
+                        world, system, mode, uplink, length, counter, looks),
+                    lambda text, mode=mode, length=length: report.progress(f"{mode}, {length} bytes, {text}"), again=not quick)
+                middle = {system: statistics.median(sample.rate for sample in samples) for system, samples in found.items()}
+                for system, samples in found.items():
                     ratio = middle["tandem"] / middle["unprotected"] if system == "tandem" and middle["unprotected"] else None
-                    report.row({"direction": mode, "bytes": length}, system, "Mpps/core", found, ratio=ratio and round(ratio, 4))
+                    report.row({"direction": mode, "bytes": length}, system, "Mpps/core", [sample.rate for sample in samples],
+                               **quiet.told(samples), ratio=ratio and round(ratio, 4))
     except CannotRun as error:
         report.could_not("overhead in packets a second", error)
     if wanted(only, unit="instructions/packet"):

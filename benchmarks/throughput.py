@@ -4,13 +4,14 @@
 The guest is the same testpmd over net_virtio_user on the other core. Tandem's uplink is null='source' (null='sink' where
 the guest only sends); testpmd forwards (io) between net_vhost and net_null, whose frames likewise come from nowhere (no-rx=1
 where the guest only sends); OVS has the same two ports and a rule for each direction. Each sample is a fresh start of both
-sides; systems take turns.
+sides; systems take turns; a sample is the median of moments in which both CPUs were undisturbed (quiet.py).
 """
 import os
 import statistics
 import time
 
 import ovs
+import quiet
 import tandem
 import testpmd
 from results import wanted
@@ -21,21 +22,20 @@ DIRECTIONS = {"rxonly": ("rxonly", (True, False)), "txonly": ("txonly", (False, 
 LENGTHS = (64, 512, 1518)
 
 
-def _measure(guest, counts, seconds):
-    """Packets a second, both directions together where both count."""
-    time.sleep(min(0.5, seconds))
-    rates = guest.rates(seconds)
-    return sum(rate for rate, count in zip(rates, counts) if count)
+def _measure(guest, counts, looks):
+    """Millions of packets a second, both directions together where both count."""
+    time.sleep(0.5)
+    return looks.sample(lambda seconds: sum(rate for rate, count in zip(guest.rates(seconds), counts) if count) / 1e6)
 
 
-def _tandem(world, direction, length, mergeable, packed, seconds):
+def _tandem(world, direction, length, mergeable, packed, looks):
     mode, counts = DIRECTIONS[direction]
     host = tandem.Tandem(world, polling="always")
     try:
         host.provide({tandem.MAC: "null='sink'" if direction == "txonly" else f"null='source' frame='{length}'"})
         guest = testpmd.guest(world, host.socket(), mode, length, mergeable, packed)
         try:
-            return _measure(guest, counts, seconds)
+            return _measure(guest, counts, looks)
         finally:
             guest.close()
             host.release()
@@ -47,14 +47,14 @@ def _null(direction, length):
     return f"net_null0,size={length}{',no-rx=1' if direction == 'txonly' else ''}"
 
 
-def _testpmd(world, direction, length, mergeable, packed, seconds):
+def _testpmd(world, direction, length, mergeable, packed, looks):
     mode, counts = DIRECTIONS[direction]
     path = world.path("peer.sock")
     backend = testpmd.vhost(world, path, [_null(direction, length)])
     try:
         guest = testpmd.guest(world, path, mode, length, mergeable, packed)
         try:
-            return _measure(guest, counts, seconds)
+            return _measure(guest, counts, looks)
         finally:
             guest.close()
     finally:
@@ -63,13 +63,13 @@ def _testpmd(world, direction, length, mergeable, packed, seconds):
             os.unlink(path)
 
 
-def _ovs(world, direction, length, mergeable, packed, seconds):
+def _ovs(world, direction, length, mergeable, packed, looks):
     mode, counts = DIRECTIONS[direction]
     switch = ovs.Switch(world, ["guest"], _null(direction, length))
     try:
         guest = testpmd.guest(world, switch.socket("guest"), mode, length, mergeable, packed, listen=True)
         try:
-            return _measure(guest, counts, seconds)
+            return _measure(guest, counts, looks)
         finally:
             guest.close()
     finally:
@@ -91,7 +91,8 @@ def _offers_packed(world):
 
 
 def run(world, report, quick, only=None):
-    rounds, seconds = (1, 0.3) if quick else (5, 2.0)
+    rounds = 1 if quick else 5
+    looks = quiet.Quiet(world, quick)
     world.tool("dpdk-testpmd", "dpdk-dev")
     rings = ["split"]
     if wanted(only, ring="packed"):
@@ -107,21 +108,26 @@ def run(world, report, quick, only=None):
     for case in cases:
         if not wanted(only, **case):
             continue
-        words = (case["direction"], case["bytes"], case["mergeable"], case["ring"] == "packed", seconds)
-        samples = {system: [] for system in SYSTEMS if wanted(only, system=system) and system not in missing}
-        for number in range(rounds):
-            for system in [system for system in samples if system not in missing]:
-                report.progress(f"{case}, {system}, round {number + 1} of {rounds}")
-                try:
-                    samples[system].append(SYSTEMS[system](world, *words) / 1e6)
-                except CannotRun as error:
-                    if system != "ovs-dpdk":
-                        raise
-                    report.could_not(system, error)
-                    missing.add(system)
-        middle = {system: statistics.median(values) for system, values in samples.items() if values}
+        words = (case["direction"], case["bytes"], case["mergeable"], case["ring"] == "packed", looks)
+
+        def measure(system, words=words):
+            if system in missing:
+                return None
+            try:
+                return SYSTEMS[system](world, *words)
+            except CannotRun as error:
+                if system != "ovs-dpdk":
+                    raise
+                report.could_not(system, error)
+                missing.add(system)
+                return None
+
+        found = quiet.take_turns([system for system in SYSTEMS if wanted(only, system=system) and system not in missing], rounds,
+                                 measure, lambda text, case=case: report.progress(f"{case}, {text}"), again=not quick)
+        middle = {system: statistics.median(sample.rate for sample in samples) for system, samples in found.items() if samples}
         for system, value in middle.items():
             # Ethernet adds 24 bytes a packet on a wire (preamble, checksum, gap); there is no wire here, so they do not count.
-            report.row(case, system, "Mpps/core", samples[system], gbit_s=round(value * case["bytes"] * 8 / 1000, 2),
+            report.row(case, system, "Mpps/core", [sample.rate for sample in found[system]],
+                       gbit_s=round(value * case["bytes"] * 8 / 1000, 2), **quiet.told(found[system]),
                        tandem_ratio=round(middle["tandem"] / value, 3) if "tandem" in middle and value else None)
     report.note("packets are counted by the guest; 'both' counts packets in and out together")

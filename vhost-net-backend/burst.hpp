@@ -24,8 +24,9 @@ struct Progress {
 };
 
 // The C library's is better for long ones, and its call costs more than a short one.
+template <std::size_t kLongestInline = 256>
 [[gnu::always_inline]] inline void copy_packet(std::byte* to, const std::byte* from, std::size_t size) {
-  if (size <= 256) [[likely]]
+  if (size <= kLongestInline) [[likely]]
     rte_memcpy(to, from, size);
   else
     std::memcpy(to, from, size);

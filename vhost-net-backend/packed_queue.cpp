@@ -50,6 +50,7 @@ Result<PackedQueue> PackedQueue::bind(const GuestMemory& memory, const VringDesc
   queue.device_event_ = reinterpret_cast<std::uint32_t*>(device_event.data());
   queue.event_index_ = (features & bit(VIRTIO_RING_F_EVENT_IDX)) != 0;
   queue.indirect_ = (features & bit(VIRTIO_RING_F_INDIRECT_DESC)) != 0;
+  queue.in_order_ = (features & bit(VIRTIO_F_IN_ORDER)) != 0;
   queue.seal_ = fold(queue);
   return queue;
 }
@@ -89,9 +90,10 @@ bool PackedQueue::is_half_published(std::uint16_t next_used) const {
     some_old = some_old || bits == (given_back ^ (kAvail | kUsed));
   }
   // The slot was given back and made available anew, if its USED bit says so; or it is left over from the middle of a
-  // chain of the round before. In the first case the driver is one round ahead: every slot after this one is available,
-  // or was given back and is available anew too. In the second case nothing is available, and the chain's own first
-  // slot, like that of every chain before it, shows that it was given back in the round before.
+  // chain of the round before, or of a burst that was given back as one. In the first case the driver is one round
+  // ahead: every slot after this one is available, or was given back and is available anew too. In the second case
+  // nothing is available, and the chain's own first slot, like that of every chain before it, shows that it was given
+  // back in the round before.
   return is_published(next_used) && (some_available || !some_old);
 }
 

@@ -98,7 +98,8 @@ class PackedQueue {
   }
   [[nodiscard]] static constexpr std::uint32_t index(std::uint16_t position) { return position & ~kWrap & 0xffffu; }
 
-  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching only.
+  /// Address of the first buffer, or table, of the chain at `position`, whatever that is just now: for prefetching
+  /// only.
   [[nodiscard]] std::uint64_t glance(std::uint16_t position) const {
     return std::atomic_ref<__le64>(const_cast<__le64&>(view_[index(position)].addr)).load(std::memory_order_relaxed);
   }
@@ -134,6 +135,9 @@ class PackedQueue {
   /// Whether the driver wants an interrupt for the used position moving from `before` to `after` (already published).
   [[nodiscard]] bool wants_call(std::uint16_t before, std::uint16_t after) const;
 
+  /// Whether the driver takes one used descriptor for a whole burst of chains, with the id of the last one (Virtio 1.2,
+  /// 2.8.8, In-order use of descriptors). To the ring such a burst is one chain of as many slots.
+  [[nodiscard]] bool gives_back_as_one() const { return in_order_ != 0; }
   [[nodiscard]] bool indirect_allowed() const { return indirect_ != 0; }
   /// False: what bind() has set was changed since (seal.hpp).
   [[nodiscard]] bool is_whole() const { return fold(*this) == 0; }
@@ -172,8 +176,10 @@ class PackedQueue {
   const std::uint32_t* driver_event_ = nullptr;  // struct vring_packed_desc_event as one word, as drivers read it
   std::uint32_t* device_event_ = nullptr;
   std::uint32_t size_ = 0;
-  std::uint16_t event_index_ = 0;  // bool, without padding
-  std::uint16_t indirect_ = 0;
+  std::uint8_t event_index_ = 0;  // bool, without padding
+  std::uint8_t indirect_ = 0;
+  std::uint8_t in_order_ = 0;
+  std::uint8_t reserved_ = 0;
   std::uint64_t seal_ = 0;
 };
 

@@ -8,6 +8,7 @@
 // Only for a queue pair without suspects. Part of queue_pair.cpp, which alone includes it. Thread: the shard's owner.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -79,12 +80,27 @@ template <class Queue>
   must_hold(are_translated(run.buffers, run.count, reader));
 }
 
+// Calls what lies between the first and the last line of buffer `n`, if the run has it, into the cache: as far as the
+// CPU's own prefetching, which has to see a few lines first, comes too late. Two packets before it is copied; more at a
+// time only wait for each other (measured with 1, 2, 3, 4 and 32).
+inline constexpr std::uint32_t kAheadInRun = 2;
+inline constexpr std::uint32_t kAheadBytes = 640;
+[[gnu::always_inline]] inline void call_middle(const SourceRun& run, std::uint32_t n) {
+  if (n >= run.count) return;
+  const std::byte* const bytes = run.buffers[n].bytes;
+  const std::uint32_t end = std::min(run.buffers[n].length, kAheadBytes);
+  for (std::uint32_t at = 64; at < end; at += 64) __builtin_prefetch(bytes + at);
+}
+
 // Whether its driver asks for more than that the packet be carried. Read once, from the guest's memory.
 inline bool asks_for_more(const PlainBuffer<const std::byte>& buffer) {
   NetHeader wish;
   std::memcpy(&wish, buffer.bytes, sizeof wish);
   return asks_for_offload(wish);
 }
+
+// What is called into the cache in this way is copied faster without a call to the C library, however long.
+inline constexpr std::size_t kLongestInlineCopy = 2048;
 
 // Adds to the record what can be sent of the run that begins at `at`; `room` frames at most. Moves `at` past it.
 // `kNeighbours`: as in transmit_from().
@@ -108,7 +124,8 @@ void stage_plain_transmit(QueuePair& pair, const Queue& queue, const typename Qu
     const std::uint64_t address = numbers.address(frame);
     const std::uint32_t length = buffer.length - header;
     std::byte* const packet = port.frame(address, frame_size);
-    copy_packet(packet, buffer.bytes + header, length);
+    call_middle(run, done + kAheadInRun);
+    copy_packet<kLongestInlineCopy>(packet, buffer.bytes + header, length);
     TANDEM_PROBE_PACKET(packet, length);
     if constexpr (kNeighbours)
       if (done != 0 && find_neighbour(pair, packet) != nullptr) break;

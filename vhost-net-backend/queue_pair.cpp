@@ -224,6 +224,16 @@ void stage_drop(RedoRecord& record, Suspicion& suspicion) {
   suspicion.poisoned_after = suspicion.poisoned + 1;
 }
 
+// Before arming, once all is staged: the burst's chains as one that ends with the last of them, where the driver takes
+// that. It and the driver then share one cache line of the ring for the burst instead of one for every four chains.
+template <class Queue>
+void give_back_as_one(RedoRecord& record, const Queue& queue, std::uint32_t slots) {
+  if (!queue.gives_back_as_one() || record.used_count < 2) return;
+  const Walked all{record.used[record.used_count - 1].id, static_cast<std::uint16_t>(slots), true};
+  record.used[0] = used_element(all, 0);
+  record.used_count = 1;
+}
+
 // Before arming, once all is staged: counts and cursors of either direction, where `moved` entries leave the source.
 void check_staged(const RedoRecord& record, const VringCursors& vring, std::uint64_t moved) {
   must_hold(record.avail_before == vring.next_avail && record.used_before == vring.next_used);
@@ -363,13 +373,15 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
     let_go(pair);
     return 0;
   }
+  const std::uint32_t chains = record.used_count;
   const std::uint32_t producer_after = producer + record.frame_count;
   const std::uint16_t used_after = queue.next(record.used_before, at.slots);
   record.producer_after = producer_after;
   record.avail_after = at.position;
   record.used_after = used_after;
-  check_staged(record, vring, record.used_count);
-  must_hold(record.producer_before == port.tx.producer() && record.used_count <= at.slots);
+  check_staged(record, vring, chains);
+  must_hold(record.producer_before == port.tx.producer() && chains <= at.slots);
+  give_back_as_one(record, queue, at.slots);
   check_wiring(pair, queue);
   if (drop) stage_drop(record, pair.state->transmit_suspicion);
   take_in_hand(pair, PacketPhase::kApply, record.epoch);
@@ -384,7 +396,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   call_if_wanted(pair.transmit, queue, record.used_before, record.used_after);
   pair.transmit_pending = !port.wake_transmit() || no_room;
   TANDEM_PROBE(kNotified);
-  return record.used_count;
+  return chains;
 }
 
 template <class Queue>

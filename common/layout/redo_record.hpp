@@ -36,7 +36,8 @@ struct alignas(8) RedoFrame {
   std::uint32_t length;   ///< bytes
 };
 
-/// A chain that goes back to the guest, host byte order; little endian on the wire.
+/// A chain that goes back to the guest, host byte order; little endian on the wire. Or, where the driver takes that,
+/// all chains of the burst: the last one's id, and slots of all.
 struct alignas(8) RedoUsed {
   std::uint16_t id;     ///< split: the chain's head; packed: its buffer id
   std::uint16_t slots;  ///< by which positions move: split 1; packed the number of descriptors in the ring

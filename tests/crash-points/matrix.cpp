@@ -64,7 +64,7 @@ WorldShape shape_for(std::uint32_t burst, ChainStyle style, bool transmit, bool 
 
 std::vector<MatrixRow> matrix() {
   std::vector<MatrixRow> rows;
-  bool packed = false, forward = false;
+  bool packed = false, in_order = false, forward = false;
   enum class Offload { kNone, kCut, kWhole } offload = Offload::kNone;
   const auto add = [&](bool transmit, bool receive, ChainStyle style, bool mergeable, bool event_index, Wrap wrap,
                        std::uint32_t burst, Situation situation = Situation::kPlain) {
@@ -77,6 +77,7 @@ std::vector<MatrixRow> matrix() {
     row.wrap = wrap;
     row.nested = burst <= 2;
     row.shape = shape_for(burst, style, transmit && !receive, mergeable, event_index, packed);
+    if (in_order) row.shape.nic.features |= feature::kInOrder;
     if (forward) row.shape.devices = row.shape.queue_pairs = 2;
     if (offload != Offload::kNone) {
       row.flow = PacketFlow::to_cut(3, offload == Offload::kWhole);
@@ -93,7 +94,7 @@ std::vector<MatrixRow> matrix() {
                            : !receive  ? "guest->uplink"
                            : !transmit ? "uplink->guest"
                                        : "both ways") +
-               (packed ? ", packed" : "") +
+               (packed ? ", packed" : "") + (in_order ? ", IN_ORDER" : "") +
                (offload == Offload::kNone    ? ", "
                 : offload == Offload::kWhole ? ", to be segmented but taken whole, "
                                              : ", to be segmented, ") +
@@ -168,6 +169,18 @@ std::vector<MatrixRow> matrix() {
           add(true, false, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
           add(false, true, style, mergeable, true, Wrap::kIndex, burst, Situation::kPoison);
         }
+    if (!packed) continue;
+    // Bursts that a guest gets back as one.
+    in_order = true;
+    for (const std::uint32_t burst : {2u, 32u}) {
+      for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
+        for (const Wrap wrap : {Wrap::kNone, Wrap::kRing, Wrap::kIndex})
+          add(true, false, style, burst == 32, true, wrap, burst);
+      for (const Situation situation : {Situation::kFull, Situation::kBadChain, Situation::kPoison})
+        add(true, false, ChainStyle::kDirect, false, true, Wrap::kIndex, burst, situation);
+      add(true, true, ChainStyle::kDirect, true, true, Wrap::kNone, burst, Situation::kRestart);
+    }
+    in_order = false;
   }
   return rows;
 }

@@ -27,7 +27,7 @@ struct Row {
   ChainStyle style;
   bool mergeable, event_index;
   std::uint16_t first_index;
-  bool packed = false;
+  bool packed = false, in_order = false;
 };
 const Row kRows[] = {
     {"guest->uplink, direct, burst 1", 1, 0, ChainStyle::kDirect, false, false, 0},
@@ -39,6 +39,7 @@ const Row kRows[] = {
     {"both ways, direct, mergeable, burst 1", 1, 1, ChainStyle::kDirect, true, true, 0},
     {"guest->uplink, packed, direct, burst 1", 1, 0, ChainStyle::kDirect, false, false, 0, true},
     {"guest->uplink, packed, chained, EVENT_IDX, wrap, burst 2", 2, 0, ChainStyle::kChained, true, true, 22, true},
+    {"guest->uplink, packed, IN_ORDER, chained, wrap, burst 3", 3, 0, ChainStyle::kChained, true, true, 22, true, true},
     {"uplink->guest, packed, direct, wrap, burst 2", 0, 2, ChainStyle::kDirect, false, true, 28, true},
     {"uplink->guest, packed, mergeable, burst 2", 0, 2, ChainStyle::kDirect, true, true, 0, true},
 };
@@ -46,7 +47,8 @@ const Row kRows[] = {
 WorldShape shape_of(const Row& row) {
   WorldShape shape;
   shape.nic.features = feature::kIndirect | feature::kVersion1 | (row.mergeable ? feature::kMergeable : 0) |
-                       (row.event_index ? feature::kEventIndex : 0) | (row.packed ? feature::kPacked : 0);
+                       (row.event_index ? feature::kEventIndex : 0) | (row.packed ? feature::kPacked : 0) |
+                       (row.in_order ? feature::kInOrder : 0);
   shape.nic.transmit = shape.nic.receive = row.style;
   shape.nic.slot_size = 136;
   if (row.mergeable) shape.nic.receive_slot_size = 56;

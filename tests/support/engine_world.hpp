@@ -34,6 +34,7 @@ inline constexpr std::uint64_t kIndirect = std::uint64_t{1} << 28;
 inline constexpr std::uint64_t kEventIndex = std::uint64_t{1} << 29;
 inline constexpr std::uint64_t kVersion1 = std::uint64_t{1} << 32;
 inline constexpr std::uint64_t kPacked = std::uint64_t{1} << 34;
+inline constexpr std::uint64_t kInOrder = std::uint64_t{1} << 35;
 }  // namespace feature
 
 /// Made-up fence slots in a memfd: the test says who is dead.

@@ -15,6 +15,7 @@ constexpr unsigned kMergeable = 15;
 constexpr unsigned kEventIndex = 29;
 constexpr unsigned kVersion1 = 32;
 constexpr unsigned kPacked = 34;
+constexpr unsigned kInOrder = 35;
 constexpr std::uint32_t kTableBytes = 8 * sizeof(vring_desc);
 }  // namespace
 
@@ -30,9 +31,10 @@ std::uint64_t GuestNic::bytes(const NicShape& shape) {
 }
 
 GuestNic::GuestNic(const GuestSpace& space, std::uint64_t address, const NicShape& shape)
-    : receive(space, RingPlace::at(address, shape.queue_size, shape.has(kPacked)), shape.has(kEventIndex)),
+    : receive(space, RingPlace::at(address, shape.queue_size, shape.has(kPacked)), shape.has(kEventIndex),
+              shape.has(kInOrder)),
       transmit(space, RingPlace::at(address + RingPlace::bytes(shape.queue_size), shape.queue_size, shape.has(kPacked)),
-               shape.has(kEventIndex)),
+               shape.has(kEventIndex), shape.has(kInOrder)),
       shape_(shape),
       space_(&space) {
   if (shape.cuts.size() > 7) std::abort();

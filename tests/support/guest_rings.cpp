@@ -48,8 +48,8 @@ std::uint64_t RingPlace::bytes(std::uint32_t size) {
   return (place.used + 4 + sizeof(vring_used_elem) * std::uint64_t{size} + 2 + 63) / 64 * 64;
 }
 
-GuestQueue::GuestQueue(const GuestSpace& space, const RingPlace& place, bool event_index)
-    : place_(place), event_index_(event_index) {
+GuestQueue::GuestQueue(const GuestSpace& space, const RingPlace& place, bool event_index, bool in_order)
+    : place_(place), event_index_(event_index), in_order_(in_order && place.packed) {
   attach(space);
   std::memset(space.at(place_.descriptors), 0, RingPlace::bytes(place_.size));
   chain_length_.assign(place_.size, 0);
@@ -170,13 +170,22 @@ std::uint16_t GuestQueue::used_index() const {
 
 std::uint32_t GuestQueue::published() const {
   if (!place_.packed) return static_cast<std::uint16_t>(used_index() - used_taken_);
-  std::uint32_t slots = 0;
+  std::uint32_t slots = 0, chains = 0;
+  for (; chains < batch_left_; ++chains) slots += chain_length_[in_flight_[chains]];
   while (slots < place_.size) {
     const auto used = used_at(next_position(used_taken_, slots));
     if (!used) break;
-    slots += used->id < place_.size ? std::max<std::uint32_t>(chain_length_[used->id], 1) : 1;
+    const std::uint32_t batch = in_order_ ? batch_up_to(used->id, chains) : 0;
+    if (batch == 0) slots += used->id < place_.size ? std::max<std::uint32_t>(chain_length_[used->id], 1) : 1;
+    for (const std::uint32_t end = chains + batch; chains < end; ++chains) slots += chain_length_[in_flight_[chains]];
   }
   return slots;
+}
+
+std::uint32_t GuestQueue::batch_up_to(std::uint16_t id, std::uint32_t first) const {
+  for (std::size_t i = first; i < in_flight_.size(); ++i)
+    if (in_flight_[i] == id) return static_cast<std::uint32_t>(i) + 1 - first;
+  return 0;
 }
 
 std::optional<UsedEntry> GuestQueue::take_used() {
@@ -272,6 +281,7 @@ void GuestQueue::offer_packed(std::uint16_t id, std::uint32_t slots) {
       slot.flags = flags;
   }
   if (id < place_.size) chain_length_[id] = static_cast<std::uint16_t>(slots);
+  if (in_order_ && id < place_.size) in_flight_.push_back(id);
   free_slots_ -= slots;
   avail_index_ = next_position(avail_index_, slots);
   ++outstanding_;
@@ -285,18 +295,33 @@ std::optional<vring_packed_desc> GuestQueue::used_at(std::uint16_t position) con
 }
 
 std::optional<UsedEntry> GuestQueue::take_packed() {
-  const auto used = used_at(used_taken_);
-  if (!used) return std::nullopt;
-  UsedEntry entry{used->id, used->len, used->id < place_.size && chain_length_[used->id] != 0};
-  // Of bytes written, a device says so.
-  entry.expected = entry.expected && ((used->flags & VRING_DESC_F_WRITE) != 0) == (entry.length != 0);
-  if (!entry.expected) {
-    ++wrong_returns_;
-    used_taken_ = next_position(used_taken_, 1);
-    return entry;
+  UsedEntry entry;
+  if (batch_left_ == 0) {
+    const auto used = used_at(used_taken_);
+    if (!used) return std::nullopt;
+    entry = {used->id, used->len, used->id < place_.size && chain_length_[used->id] != 0};
+    // Of bytes written, a device says so.
+    entry.expected = entry.expected && ((used->flags & VRING_DESC_F_WRITE) != 0) == (entry.length != 0);
+    if (in_order_ && entry.expected) {
+      batch_left_ = batch_up_to(used->id, 0);
+      // How much was written to all but the last one, nobody would know.
+      entry.expected = batch_left_ == 1 || (batch_left_ > 1 && entry.length == 0);
+    }
+    if (!entry.expected) {
+      batch_left_ = 0;
+      ++wrong_returns_;
+      used_taken_ = next_position(used_taken_, 1);
+      return entry;
+    }
   }
-  const std::uint16_t length = std::exchange(chain_length_[entry.id], std::uint16_t{0});
-  free_.push_back(used->id);
+  if (in_order_) {
+    entry = {in_flight_.front(), entry.length, true};
+    in_flight_.pop_front();
+    --batch_left_;
+  }
+  const auto id = static_cast<std::uint16_t>(entry.id);
+  const std::uint16_t length = std::exchange(chain_length_[id], std::uint16_t{0});
+  free_.push_back(id);
   free_slots_ += length;
   entries_taken_ += length;
   used_taken_ = next_position(used_taken_, length);

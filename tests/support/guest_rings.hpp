@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <span>
 #include <vector>
@@ -62,8 +63,9 @@ struct UsedEntry {
 
 class GuestQueue {
  public:
-  /// Formats the ring: no buffers, indices 0. `space` must outlive the object.
-  GuestQueue(const GuestSpace& space, const RingPlace& place, bool event_index);
+  /// Formats the ring: no buffers, indices 0. `space` must outlive the object. `in_order` (packed): IN_ORDER was
+  /// negotiated, so chains must come back as they were offered, and one used descriptor may stand for several.
+  GuestQueue(const GuestSpace& space, const RingPlace& place, bool event_index, bool in_order = false);
   /// Continues on another copy of the same memory.
   void rebase(const GuestSpace& space);
   /// Starts (or restarts, with nothing outstanding) both indices at `index`, to reach a wrap soon. Packed: at slot
@@ -102,7 +104,7 @@ class GuestQueue {
   [[nodiscard]] std::uint16_t used_index() const;
   [[nodiscard]] bool packed() const { return place_.packed; }
   [[nodiscard]] const RingPlace& place() const { return place_; }
-  /// Entries that named a chain the device did not hold: returned twice, or never given.
+  /// Entries that named a chain the device did not hold: returned twice, or never given; in_order: or out of turn.
   [[nodiscard]] std::uint32_t wrong_returns() const { return wrong_returns_; }
 
   // For hostile drivers of split rings.
@@ -127,10 +129,13 @@ class GuestQueue {
   // The used descriptor at `position`, if there is one.
   [[nodiscard]] std::optional<vring_packed_desc> used_at(std::uint16_t position) const;
   std::optional<UsedEntry> take_packed();
+  // in_order: how many chains, from the `first` of those with the device on, come back with `id`; 0: none of them has
+  // it.
+  [[nodiscard]] std::uint32_t batch_up_to(std::uint16_t id, std::uint32_t first) const;
   bool kick_wanted_packed();
 
   RingPlace place_;
-  bool event_index_;
+  bool event_index_, in_order_;
   vring_desc* descriptors_ = nullptr;
   vring_packed_desc* slots_ = nullptr;
   vring_packed_desc_event* driver_event_ = nullptr;
@@ -145,6 +150,8 @@ class GuestQueue {
   std::vector<std::uint16_t> free_;          // a stack: descriptors; packed: buffer ids
   std::vector<std::uint16_t> chain_length_;  // by head or buffer id; 0: not with the device
   std::vector<Pending> pending_;             // packed: first flags of the chains that publish() will show
+  std::deque<std::uint16_t> in_flight_;      // in_order: ids with the device, oldest first
+  std::uint32_t batch_left_ = 0;             // in_order: of these, came back with the used descriptor last looked at
   std::uint32_t free_slots_ = 0;             // packed
   std::uint32_t entries_taken_ = 0;
   std::uint32_t outstanding_ = 0;

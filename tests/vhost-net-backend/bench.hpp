@@ -24,8 +24,9 @@ struct Bench {
   ShardStepper owner;
 };
 
-/// Feature bits of the two ring layouts, for tests that hold for both.
-inline constexpr std::array<std::uint64_t, 2> kLayouts = {0, feature::kPacked};
+/// Feature bits of the ring layouts, for tests that hold for all: split, packed, and packed with one used descriptor
+/// for a burst.
+inline constexpr std::array<std::uint64_t, 3> kLayouts = {0, feature::kPacked, feature::kPacked | feature::kInOrder};
 
 /// Two guests of one bridge: packets of the first one's transmit queue go to the second one's receive queue.
 inline WorldShape neighbours(WorldShape shape) {

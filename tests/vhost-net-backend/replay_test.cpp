@@ -43,8 +43,10 @@ std::vector<Scenario> scenarios() {
         if (mergeable) shape.nic.receive_slot_size = 64;  // up to three buffers a packet
         if (mergeable) shape.nic.receive = ChainStyle::kIndirect;
         if (burst == 32) shape.nic.transmit = ChainStyle::kChained;
-        const std::string name = std::string(layout == 0 ? "" : "packed, ") + "burst of " + std::to_string(burst) +
-                                 (mergeable ? ", mergeable" : "");
+        const std::string name = std::string(layout == 0                  ? ""
+                                             : layout == feature::kPacked ? "packed, "
+                                                                          : "packed, in order, ") +
+                                 "burst of " + std::to_string(burst) + (mergeable ? ", mergeable" : "");
         add(name, shape, burst, layout != 0);
       }
   return all;

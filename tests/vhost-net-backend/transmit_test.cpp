@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Guest to uplink: layouts, wraps, shortages, completions.
 #include <catch2/catch.hpp>
+#include <utility>
+#include <vector>
 
 #include "tests/vhost-net-backend/bench.hpp"
 
@@ -66,11 +68,13 @@ TEST_CASE("transmit: ring and index wraps inside a burst, of virtqueue and AF_XD
 }
 
 TEST_CASE("transmit: packed rings of any size and chains of any layout, many times around") {
+  const std::uint64_t in_order = GENERATE(std::uint64_t{0}, feature::kInOrder);
   for (const std::uint32_t size : {4u, 5u, 33u, 96u, 100u})
     for (const ChainStyle style : {ChainStyle::kDirect, ChainStyle::kChained, ChainStyle::kIndirect})
       for (const std::uint32_t first : {0u, size - 1, size, 2 * size - 1, 2 * size - 3}) {
-        INFO("ring of " << size << ", from " << first << ", style " << static_cast<int>(style));
-        WorldShape shape = small_world(feature::kVersion1 | feature::kIndirect | feature::kPacked);
+        INFO("ring of " << size << ", from " << first << ", style " << static_cast<int>(style)
+                        << (in_order != 0 ? ", in order" : ""));
+        WorldShape shape = small_world(feature::kVersion1 | feature::kIndirect | feature::kPacked | in_order);
         shape.nic.queue_size = size;
         shape.nic.transmit = style;
         shape.nic.first_index = static_cast<std::uint16_t>(first);
@@ -87,6 +91,32 @@ TEST_CASE("transmit: packed rings of any size and chains of any layout, many tim
         CHECK(bench.state().transmit.next_avail == bench.nic().transmit.avail_index());
         check_rest(bench);
       }
+}
+
+TEST_CASE("transmit: a packed burst comes back as one descriptor where the driver takes that, else as many") {
+  const std::uint64_t in_order = GENERATE(std::uint64_t{0}, feature::kInOrder);
+  Bench bench(small_world(feature::kVersion1 | feature::kPacked | in_order));
+  bench.nic().set_styles(GENERATE(ChainStyle::kDirect, ChainStyle::kChained), ChainStyle::kDirect);
+  REQUIRE(send_from_guest(bench.world, kFlow, 0, 5) == 5);
+  const auto* slots =
+      reinterpret_cast<const vring_packed_desc*>(bench.world.space.at(bench.nic().transmit.place().descriptors));
+  std::vector<std::uint16_t> firsts, ids;  // of the chains: first slots, and the ids in their last ones
+  for (std::uint16_t slot = 0, first = 0; ids.size() < 5; ++slot) {
+    if ((slots[slot].flags & VRING_DESC_F_NEXT) != 0) continue;
+    firsts.push_back(std::exchange(first, static_cast<std::uint16_t>(slot + 1)));
+    ids.push_back(slots[slot].id);
+  }
+  REQUIRE(transmit_burst(bench.pair()) == 5);
+  constexpr unsigned kGivenBack = 1u << VRING_PACKED_DESC_F_AVAIL | 1u << VRING_PACKED_DESC_F_USED;
+  CHECK(slots[0].flags == kGivenBack);
+  CHECK(slots[0].id == (in_order != 0 ? ids[4] : ids[0]));
+  CHECK(slots[0].len == 0);
+  for (std::size_t chain = 1; chain < 5; ++chain) {
+    INFO("chain " << chain);
+    CHECK(((slots[firsts[chain]].flags & kGivenBack) == kGivenBack) == (in_order == 0));
+  }
+  CHECK(bench.nic().reap() == 5);
+  CHECK(bench.nic().transmit.wrong_returns() == 0);
 }
 
 TEST_CASE("transmit: a burst is at most 32 entries") {

@@ -292,7 +292,8 @@ inline int run_engine(Input input, std::uint64_t fixed_features) {
   const std::uint64_t features =
       fixed_features | ((choice & 1u) != 0 ? test::feature::kMergeable : 0) |
       ((choice & 2u) != 0 ? test::feature::kEventIndex : 0) | ((choice & 4u) != 0 ? test::feature::kIndirect : 0) |
-      ((choice & 8u) != 0 ? test::feature::kVersion1 : 0) | ((choice & 16u) != 0 ? test::feature::kAsksOffloads : 0);
+      ((choice & 8u) != 0 ? test::feature::kVersion1 : 0) | ((choice & 16u) != 0 ? test::feature::kAsksOffloads : 0) |
+      ((choice & 32u) != 0 ? test::feature::kInOrder : 0);
   auto& engine = engines[features];
   if (!engine) engine = std::make_unique<EngineRings>(features);
   const DescriptorCheck all_closed;

@@ -135,7 +135,7 @@ TEST_CASE("engine_packed") {
   constexpr unsigned kRx = 0, kTx = 1, kNext = 1, kWrite = 2;
   constexpr unsigned kOffer = 1, kOfferMany = 2, kOnReceive = 9, kReceived = 4, kPoll = 5, kSent = 6, kSleep = 7,
                      kDie = 8;
-  for (const unsigned features : {0u, 0xfu}) {
+  for (const unsigned features : {0u, 0xfu, 0x2fu}) {
     Seed seed;
     seed.u8(features);
     slot(seed, kTx, 0, 0, 0, 12, kNext);
