@@ -6,7 +6,6 @@ The other engine (tandem-backend-unprotected, vhost-net-backend/protection.hpp) 
 """
 import os
 import re
-import statistics
 import subprocess
 import time
 
@@ -28,7 +27,7 @@ def _rate(world, system, mode, uplink, length, counter, looks):
         guest = testpmd.guest(world, host.socket(), mode, length)
         try:
             time.sleep(0.5)
-            return looks.sample(lambda seconds: guest.rates(seconds)[counter] / 1e6)
+            return looks.watch(lambda seconds: guest.rates(seconds)[counter] / 1e6)
         finally:
             guest.close()
             host.release()
@@ -73,7 +72,6 @@ def _count(world, report, quick, only):
 
 
 def run(world, report, quick, only=None):
-    rounds = 1 if quick else 5
     looks = quiet.Quiet(world, quick)
     world.tool("valgrind", "valgrind")
     try:
@@ -81,16 +79,13 @@ def run(world, report, quick, only=None):
             for length in (64,) if quick else (64, 512, 1518):
                 if not wanted(only, unit="Mpps/core", direction=mode, bytes=length):
                     continue
-                found = quiet.take_turns(
-                    list(PROGRAMS), rounds,
-                    lambda system, mode=mode, uplink=uplink, length=length, counter=counter: _rate(
-                        world, system, mode, uplink, length, counter, looks),
-                    lambda text, mode=mode, length=length: report.progress(f"{mode}, {length} bytes, {text}"), again=not quick)
-                middle = {system: statistics.median(sample.rate for sample in samples) for system, samples in found.items()}
-                for system, samples in found.items():
-                    ratio = middle["tandem"] / middle["unprotected"] if system == "tandem" and middle["unprotected"] else None
-                    report.row({"direction": mode, "bytes": length}, system, "Mpps/core", [sample.rate for sample in samples],
-                               **quiet.told(samples), ratio=ratio and round(ratio, 4))
+                found = looks.take_turns(
+                    PROGRAMS, lambda system, case=(mode, uplink, length, counter): _rate(world, system, *case, looks),
+                    lambda text, mode=mode, length=length: report.progress(f"{mode}, {length} bytes, {text}"))
+                for system, windows in found.items():
+                    ratio = found["tandem"].median() / found["unprotected"].median() if system == "tandem" else None
+                    report.row({"direction": mode, "bytes": length}, system, "Mpps/core", windows.rates(), **windows.told(),
+                               ratio=ratio and round(ratio, 4))
     except CannotRun as error:
         report.could_not("overhead in packets a second", error)
     if wanted(only, unit="instructions/packet"):

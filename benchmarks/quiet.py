@@ -14,13 +14,41 @@ from world import BACKEND_CORE, GUEST_CORE, Failed
 WINDOW = 0.05  # seconds
 # A CPU whose additions take so much longer than the fastest ever seen here shares its core with somebody.
 DISTURBED = 1.15
-# As many undisturbed windows make a sample; what is looked at for one at the most.
-ENOUGH, AT_MOST = 12, 40
-LEAST = 3  # with fewer, a start of both sides gives no sample
+# Of one start of both sides: no more windows once so many were undisturbed, or so many there were at all.
+ENOUGH, AT_MOST = 12, 30
+# Undisturbed windows that a system is to have, in this many starts at least and twice as many at the most.
+WANTED = 30
+STARTS = 3
+
+
+class Windows:
+    """What a system's starts gave: `undisturbed`, `all`: rates; `starts`."""
+
+    def __init__(self):
+        self.undisturbed = []
+        self.all = []
+        self.starts = 0
+
+    def add(self, other):
+        self.undisturbed += other.undisturbed
+        self.all += other.all
+        self.starts += other.starts
+
+    def rates(self):
+        """The undisturbed ones; all, if the host left none."""
+        return self.undisturbed or self.all
+
+    def median(self):
+        return statistics.median(self.rates())
+
+    def told(self):
+        """What a row says of them, besides rates()."""
+        return {"undisturbed": f"{len(self.undisturbed)} of {len(self.all)}", "starts": self.starts,
+                "median_of_all": statistics.median(self.all)}
 
 
 class Quiet:
-    """Looks at the two CPUs of a world. `quick`: one window a sample, whatever it was like."""
+    """Looks at the two CPUs of a world. `quick`: one window, whatever it was like."""
 
     def __init__(self, world, quick=False):
         self._quick = quick
@@ -28,10 +56,10 @@ class Quiet:
                                   stdout=subprocess.PIPE, text=True)
         self._fastest = float("inf")
         for _ in range(20):
-            self._look()
+            self._slower()
 
-    def _look(self):
-        """What additions take on either CPU, just now."""
+    def _slower(self):
+        """What additions take on the slower of the two CPUs, just now."""
         try:
             self._child.stdin.write("?")
             self._child.stdin.flush()
@@ -39,63 +67,36 @@ class Quiet:
         except (OSError, ValueError) as error:
             raise Failed(f"ask tandem-quiet how busy the host is: {error or 'no answer'}") from error
         self._fastest = min(backend, guest, self._fastest)
-        return backend, guest
+        return max(backend, guest)
 
-    def sample(self, rate):
-        """A Sample of `rate(seconds)`, which measures for so long and returns a number."""
-        windows = []
-        before = self._look()
+    def watch(self, rate):
+        """Windows of one start, of `rate(seconds)`, which measures for so long and returns a number."""
+        found = Windows()
+        found.starts = 1
+        before = self._slower()
         for _ in range(1 if self._quick else AT_MOST):
             value = rate(WINDOW)
-            after = self._look()
-            windows.append((value, max(*before, *after)))
+            after = self._slower()
+            found.all.append(value)
+            if max(before, after) <= DISTURBED * self._fastest:
+                found.undisturbed.append(value)
             before = after
-            if len(self._undisturbed(windows)) >= ENOUGH:
+            if len(found.undisturbed) >= ENOUGH:
                 break
-        good = self._undisturbed(windows)
-        everything = [value for value, _ in windows]
-        if len(good) < LEAST:
-            good = []
-        return Sample(statistics.median(good or everything), bool(good), len(good), statistics.median(everything), len(windows))
+        return found
 
-    def _undisturbed(self, windows):
-        return [value for value, slowest in windows if slowest <= DISTURBED * self._fastest]
+    def take_turns(self, systems, start, progress):
+        """{system: Windows}: STARTS rounds in turns, and up to as many again for systems that lack undisturbed windows.
 
-
-class Sample:
-    """`rate`: median of the undisturbed windows; of all, if there were too few (`undisturbed` false)."""
-
-    def __init__(self, rate, undisturbed, quiet_windows, whole_rate, windows):
-        self.rate = rate
-        self.undisturbed = undisturbed
-        self.quiet_windows = quiet_windows
-        self.whole_rate = whole_rate
-        self.windows = windows
-
-
-def take_turns(systems, rounds, measure, progress, again=True):
-    """{system: [Sample]}: `rounds` rounds in turns, and up to as many again for systems with too few undisturbed ones.
-
-    `measure(system)` starts both sides anew and returns a Sample, or None if it could not. Disturbed ones are kept only where there is no other.
-    Without `again`, no more than `rounds`.
-    """
-    found = {system: [] for system in systems}
-
-    def lacks(system):
-        return sum(sample.undisturbed for sample in found[system]) < rounds
-
-    for number in range(2 * rounds if again else rounds):
-        for system in systems:
-            if number < rounds or lacks(system):
-                progress(f"{system}, round {number + 1} of {rounds}")
-                sample = measure(system)
-                if sample is not None:
-                    found[system].append(sample)
-    return {system: [sample for sample in samples if sample.undisturbed] or samples for system, samples in found.items()}
-
-
-def told(samples):
-    """What a row says of its samples besides their rates."""
-    return {"undisturbed": f"{sum(sample.quiet_windows for sample in samples)} of {sum(sample.windows for sample in samples)}"
-                           if any(sample.undisturbed for sample in samples) else "none",
-            "whole": statistics.median(sample.whole_rate for sample in samples)}
+        `start(system)` starts both sides anew and returns what watch() found, or None if it could not.
+        """
+        found = {system: Windows() for system in systems}
+        for number in range(1 if self._quick else 2 * STARTS):
+            for system, windows in found.items():
+                if number >= STARTS and len(windows.undisturbed) >= WANTED:
+                    continue
+                progress(f"{system}, start {number + 1}")
+                more = start(system)
+                if more is not None:
+                    windows.add(more)
+        return {system: windows for system, windows in found.items() if windows.all}

@@ -3,11 +3,10 @@
 
 The guest is the same testpmd over net_virtio_user on the other core. Tandem's uplink is null='source' (null='sink' where
 the guest only sends); testpmd forwards (io) between net_vhost and net_null, whose frames likewise come from nowhere (no-rx=1
-where the guest only sends); OVS has the same two ports and a rule for each direction. Each sample is a fresh start of both
-sides; systems take turns; a sample is the median of moments in which both CPUs were undisturbed (quiet.py).
+where the guest only sends); OVS has the same two ports and a rule for each direction. Systems take
+turns, each with a fresh start of both sides; a sample is a moment in which both CPUs were undisturbed (quiet.py).
 """
 import os
-import statistics
 import time
 
 import ovs
@@ -25,7 +24,7 @@ LENGTHS = (64, 512, 1518)
 def _measure(guest, counts, looks):
     """Millions of packets a second, both directions together where both count."""
     time.sleep(0.5)
-    return looks.sample(lambda seconds: sum(rate for rate, count in zip(guest.rates(seconds), counts) if count) / 1e6)
+    return looks.watch(lambda seconds: sum(rate for rate, count in zip(guest.rates(seconds), counts) if count) / 1e6)
 
 
 def _tandem(world, direction, length, mergeable, packed, looks):
@@ -91,7 +90,6 @@ def _offers_packed(world):
 
 
 def run(world, report, quick, only=None):
-    rounds = 1 if quick else 5
     looks = quiet.Quiet(world, quick)
     world.tool("dpdk-testpmd", "dpdk-dev")
     rings = ["split"]
@@ -110,7 +108,7 @@ def run(world, report, quick, only=None):
             continue
         words = (case["direction"], case["bytes"], case["mergeable"], case["ring"] == "packed", looks)
 
-        def measure(system, words=words):
+        def start(system, words=words):
             if system in missing:
                 return None
             try:
@@ -122,12 +120,11 @@ def run(world, report, quick, only=None):
                 missing.add(system)
                 return None
 
-        found = quiet.take_turns([system for system in SYSTEMS if wanted(only, system=system) and system not in missing], rounds,
-                                 measure, lambda text, case=case: report.progress(f"{case}, {text}"), again=not quick)
-        middle = {system: statistics.median(sample.rate for sample in samples) for system, samples in found.items() if samples}
-        for system, value in middle.items():
+        found = looks.take_turns([system for system in SYSTEMS if wanted(only, system=system)], start,
+                                 lambda text, case=case: report.progress(f"{case}, {text}"))
+        for system, windows in found.items():
             # Ethernet adds 24 bytes a packet on a wire (preamble, checksum, gap); there is no wire here, so they do not count.
-            report.row(case, system, "Mpps/core", [sample.rate for sample in found[system]],
-                       gbit_s=round(value * case["bytes"] * 8 / 1000, 2), **quiet.told(found[system]),
-                       tandem_ratio=round(middle["tandem"] / value, 3) if "tandem" in middle and value else None)
+            ratio = found["tandem"].median() / windows.median() if "tandem" in found and windows.median() else None
+            report.row(case, system, "Mpps/core", windows.rates(), gbit_s=round(windows.median() * case["bytes"] * 8 / 1000, 2),
+                       **windows.told(), tandem_ratio=ratio and round(ratio, 3))
     report.note("packets are counted by the guest; 'both' counts packets in and out together")
