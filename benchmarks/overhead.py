@@ -72,9 +72,9 @@ def _count(world, report, quick, only):
 
 
 def run(world, report, quick, only=None):
-    looks = quiet.Quiet(world, quick)
     world.tool("valgrind", "valgrind")
     try:
+        looks = quiet.Quiet(world, quick) if wanted(only, unit="Mpps/core") else None
         for mode, uplink, counter in CASES:
             for length in (64,) if quick else (64, 512, 1518):
                 if not wanted(only, unit="Mpps/core", direction=mode, bytes=length):
@@ -83,9 +83,8 @@ def run(world, report, quick, only=None):
                     PROGRAMS, lambda system, case=(mode, uplink, length, counter): _rate(world, system, *case, looks),
                     lambda text, mode=mode, length=length: report.progress(f"{mode}, {length} bytes, {text}"))
                 for system, windows in found.items():
-                    ratio = found["tandem"].median() / found["unprotected"].median() if system == "tandem" else None
                     report.row({"direction": mode, "bytes": length}, system, "Mpps/core", windows.rates(), **windows.told(),
-                               ratio=ratio and round(ratio, 4))
+                               ratio=windows.ratio(found["unprotected"]) if system == "tandem" else None)
     except CannotRun as error:
         report.could_not("overhead in packets a second", error)
     if wanted(only, unit="instructions/packet"):

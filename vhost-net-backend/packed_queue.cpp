@@ -92,8 +92,8 @@ bool PackedQueue::is_half_published(std::uint16_t next_used) const {
   // The slot was given back and made available anew, if its USED bit says so; or it is left over from the middle of a
   // chain of the round before, or of a burst that was given back as one. In the first case the driver is one round
   // ahead: every slot after this one is available, or was given back and is available anew too. In the second case
-  // nothing is available, and the chain's own first slot, like that of every chain before it, shows that it was given
-  // back in the round before.
+  // nothing is available, and the first slot of that chain or burst, like those of all before it, shows that it was
+  // given back in the round before.
   return is_published(next_used) && (some_available || !some_old);
 }
 

@@ -135,8 +135,8 @@ class PackedQueue {
   /// Whether the driver wants an interrupt for the used position moving from `before` to `after` (already published).
   [[nodiscard]] bool wants_call(std::uint16_t before, std::uint16_t after) const;
 
-  /// Whether the driver takes one used descriptor for a whole burst of chains, with the id of the last one (Virtio 1.2,
-  /// 2.8.8, In-order use of descriptors). To the ring such a burst is one chain of as many slots.
+  /// Whether the driver takes one used descriptor for several chains in a row, with the id of the last one (Virtio 1.2,
+  /// 2.8.8, In-order use of descriptors). To the ring they are one chain of as many slots.
   [[nodiscard]] bool gives_back_as_one() const { return in_order_ != 0; }
   [[nodiscard]] bool indirect_allowed() const { return indirect_ != 0; }
   /// False: what bind() has set was changed since (seal.hpp).

@@ -225,7 +225,7 @@ void stage_drop(RedoRecord& record, Suspicion& suspicion) {
 }
 
 // Before arming, once all is staged: the burst's chains as one that ends with the last of them, where the driver takes
-// that. It and the driver then share one cache line of the ring for the burst instead of one for every four chains.
+// that. It then finds one cache line of the ring written by us, instead of one for every four chains.
 template <class Queue>
 void give_back_as_one(RedoRecord& record, const Queue& queue, std::uint32_t slots) {
   if (!queue.gives_back_as_one() || record.used_count < 2) return;
@@ -381,6 +381,7 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   record.used_after = used_after;
   check_staged(record, vring, chains);
   must_hold(record.producer_before == port.tx.producer() && chains <= at.slots);
+  must_hold(queue.next(record.avail_before, at.slots) == at.position);
   give_back_as_one(record, queue, at.slots);
   check_wiring(pair, queue);
   if (drop) stage_drop(record, pair.state->transmit_suspicion);

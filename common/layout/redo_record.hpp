@@ -63,7 +63,7 @@ struct alignas(64) RedoRecord {
 
   std::uint32_t version;
   RedoKind kind;
-  std::uint16_t used_count;
+  std::uint16_t used_count;  ///< elements; not packets, where several go back as one
   std::uint16_t frame_count;
   std::uint16_t avail_before, avail_after;  ///< VringCursors::next_avail
   std::uint16_t used_before, used_after;    ///< VringCursors::next_used

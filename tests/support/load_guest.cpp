@@ -23,7 +23,8 @@ FrontEndOptions front_end_options(std::uint32_t queue_pairs, bool packed) {
   options.queue_pairs = queue_pairs;
   options.ring_size = LoadGuest::kRingSize;
   options.post_buffers = false;
-  if (packed) options.features |= virtio_feature::kRingPacked;
+  // With IN_ORDER what was sent comes back in bursts, and out of turn is an error.
+  if (packed) options.features |= virtio_feature::kRingPacked | virtio_feature::kInOrder;
   return options;
 }
 
@@ -39,8 +40,8 @@ std::uint64_t LoadGuest::slot_address(std::uint32_t vring, std::uint32_t slot) {
 }
 
 LoadGuest::Pair::Pair(const GuestSpace& space, std::uint32_t number, bool packed)
-    : receive(space, place_of(2 * number, packed), /*event_index=*/true),
-      transmit(space, place_of(2 * number + 1, packed), /*event_index=*/true),
+    : receive(space, place_of(2 * number, packed), /*event_index=*/true, /*in_order=*/packed),
+      transmit(space, place_of(2 * number + 1, packed), /*event_index=*/true, /*in_order=*/packed),
       index(number),
       // Odd queue pairs have small buffers, so that long frames take two of them (MRG_RXBUF).
       receive_bytes(number % 2 == 0 ? 2048 : 1024),

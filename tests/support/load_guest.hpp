@@ -25,7 +25,7 @@ class LoadGuest {
   static constexpr std::uint32_t kRingSize = 512;
   static constexpr std::uint32_t kSlots = 256;
 
-  /// Connects to a NIC's socket, starts the device, with packed rings or split ones, and posts receive buffers.
+  /// Connects to a NIC's socket, starts the device, with packed rings (in order) or split ones, and posts receive buffers.
   LoadGuest(const std::string& socket, std::uint32_t queue_pairs, bool packed = false);
 
   /// Queues a frame that `write` puts into the room it is given; false: no room. Visible after publish().

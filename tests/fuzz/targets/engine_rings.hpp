@@ -284,8 +284,8 @@ class EngineRings {
   std::vector<std::int64_t> offered_;
 };
 
-/// Byte 0 chooses the features: bit 0 mergeable, 1 EVENT_IDX, 2 indirect, 3 VERSION_1, 4 offloads; the rest of the
-/// input is steps.
+/// Byte 0 chooses the features: bit 0 mergeable, 1 EVENT_IDX, 2 indirect, 3 VERSION_1, 4 offloads, 5 IN_ORDER; the
+/// rest of the input is steps.
 inline int run_engine(Input input, std::uint64_t fixed_features) {
   static std::map<std::uint64_t, std::unique_ptr<EngineRings>> engines;
   const std::uint8_t choice = input.u8();
