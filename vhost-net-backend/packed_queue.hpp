@@ -178,8 +178,7 @@ class PackedQueue {
   std::uint32_t size_ = 0;
   std::uint8_t event_index_ = 0;  // bool, without padding
   std::uint8_t indirect_ = 0;
-  std::uint8_t in_order_ = 0;
-  std::uint8_t reserved_ = 0;
+  std::uint16_t in_order_ = 0;
   std::uint64_t seal_ = 0;
 };
 
