@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// tandem-quiet: how undisturbed two CPUs are just now, in a fifth of a millisecond.
+// tandem-quiet: how undisturbed two CPUs are just now, in some twenty microseconds.
 //
 // A virtual machine is not told when a hyperthread beside one of its CPUs begins to work for somebody else, which
 // halves what that CPU does in a time. It is not stolen time, so no counter of the kernel shows it. For each byte on
@@ -25,7 +25,7 @@ using namespace tandem;
 constexpr unsigned kRounds = 20000;
 
 // How far a look is, in the order of the values.
-enum class Stage { kNone, kAsked, kPartnerIsThere, kBothBegin, kPartnerIsDone };
+enum class Stage { kNone, kPartnerIsThere, kBothBegin, kPartnerIsDone };
 
 double additions() {
   const std::uint64_t begin = monotonic_ns();
@@ -87,7 +87,6 @@ int main(int argc, char** argv) {
   });
   take(second);
   for (char byte = 0; ::read(STDIN_FILENO, &byte, 1) == 1;) {
-    stage.store(Stage::kAsked, std::memory_order_release);
     ::eventfd_write(bell, 1);
     wait_for(stage, Stage::kPartnerIsThere);
     stage.store(Stage::kBothBegin, std::memory_order_release);

@@ -192,9 +192,12 @@ TEST_CASE("an owner killed at every probe point") {
   }
 }
 
-TEST_CASE("an heir killed at every probe point of its takeover, after an owner killed at every one of its own") {
+namespace {
+
+void kill_owner_then_heir(bool packed) {
   std::set<int> reached;
   for (const Scenario& scenario : scenarios()) {
+    if (((scenario.shape.nic.features & feature::kPacked) != 0) != packed) continue;
     if (scenario.from_guest + scenario.from_uplink > 2 && !scenario.shape.nic.mergeable()) continue;
     for (int first = 0; first < static_cast<int>(ProbePoint::kTakeoverEpoch); ++first)
       for (int second = 0; second < kPoints; ++second) {
@@ -218,6 +221,15 @@ TEST_CASE("an heir killed at every probe point of its takeover, after an owner k
     INFO(name(point));
     CHECK(reached.count(static_cast<int>(point)) == 1);
   }
+}
+
+}  // namespace
+
+TEST_CASE("an heir killed at every probe point of its takeover, after an owner killed at every one: split rings") {
+  kill_owner_then_heir(false);
+}
+TEST_CASE("an heir killed at every probe point of its takeover, after an owner killed at every one: packed rings") {
+  kill_owner_then_heir(true);
 }
 
 TEST_CASE("either side of a handover killed at every probe point of it") {
