@@ -20,7 +20,7 @@ def _colour(system):
 
 def _label(row):
     plain = (str(value) for key, value in row.items()
-             if key in ("direction", "bytes", "ring", "cause", "heir", "guest", "polling", "frames_s"))
+             if key in ("direction", "bytes", "ring", "netdev", "cause", "heir", "guest", "polling", "frames_s"))
     words = " ".join(plain)
     return words + (" mergeable" if row.get("mergeable") else "")
 

@@ -26,6 +26,7 @@ shards = 1
 polling = "{polling}"
 heirs = "{heirs}"
 hugepages = "never"
+busy_poll = {busy_poll}
 """
 
 _DOMAIN = """\
@@ -45,7 +46,7 @@ class Tandem:
 
     _number = 0
 
-    def __init__(self, world, polling="always", backend=None, watchdog="", heirs="real-time"):
+    def __init__(self, world, polling="always", backend=None, watchdog="", heirs="real-time", busy_poll=0):
         Tandem._number += 1
         self.world = world
         self.watchdog = watchdog
@@ -56,7 +57,7 @@ class Tandem:
         config = self.run_dir + ".toml"
         with open(config, "w", encoding="utf-8") as file:
             file.write(_CONFIG.format(pid=os.getpid(), number=Tandem._number, run_dir=self.run_dir, polling=polling, heirs=heirs,
-                                      backend=backend or world.program("tandem-backend")))
+                                      busy_poll=busy_poll, backend=backend or world.program("tandem-backend")))
         self.log = f"tandem{Tandem._number}.log"
         self._vault = world.start((world.program("tandem-vault"), "--socket", f"{self.run_dir}/vault.sock", "--user", "daemon",
                                    "--supervise", world.program("tandemd"), "--config", config), self.log)

@@ -108,6 +108,33 @@ def guest(world, socket, mode, length=64, mergeable=True, packed=False, queue_si
     return found
 
 
+def looping_guest(world, socket, length, bursts):
+    """A guest that sends back what comes in, beginning with `bursts` of 32 packets, against a network that sends back what it
+    gets: so many packets are on their way at any time.
+    """
+    found = Testpmd(world, GUEST_CORE, [f"net_virtio_user0,path={socket},queues=1,queue_size=1024,mrg_rxbuf=1"],
+                    ["--forward-mode=io", "--rxd=1024", "--txd=1024", f"--txpkts={length}"])
+    _send_round(found, bursts, 1)
+    return found
+
+
+def _send_round(found, bursts, ports):
+    """Starts forwarding with `bursts`. A backend that is not polling yet may drop the first packets: all but one burst wait until
+    that one comes round."""
+    def goes_round():
+        found.command("start tx_first 1")
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            if all(found.packets(port)[0] > 0 for port in range(ports)):
+                return True
+        found.command("stop")
+        return False
+
+    wait_for(goes_round, 15, "a packet to come round", 0.1)
+    found.command("stop")
+    found.command(f"start tx_first {bursts - 1}")
+
+
 def two_guests(world, sockets, macs, length, bursts, listen=False, queue_size=1024):
     """Two guests as two ports of one testpmd, each the other's peer. What comes in at one goes out at the other, addressed to the
     first; they begin with `bursts` of 32 packets each way.
@@ -121,19 +148,7 @@ def two_guests(world, sockets, macs, length, bursts, listen=False, queue_size=10
         for port in range(2):
             wait_for(lambda port=port: "Link status: up" in found.command(f"show port info {port}"), 30,
                      "the backend to connect to a guest", 0.1)
-    # A backend that is not polling yet may drop the first packets: all but one burst wait until that one comes round.
-    def goes_round():
-        found.command("start tx_first 1")
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            if all(found.packets(port)[0] > 0 for port in range(2)):
-                return True
-        found.command("stop")
-        return False
-
-    wait_for(goes_round, 15, "a packet to go from guest to guest", 0.1)
-    found.command("stop")
-    found.command(f"start tx_first {bursts - 1}")
+    _send_round(found, bursts, 2)
     return found
 
 

@@ -110,10 +110,10 @@ class World:
         if _free_huge_pages() < HUGE_PAGES:
             raise CannotRun(f"needs {HUGE_PAGES} free huge pages of 2 MiB; memory is too full or too scattered")
 
-    def program(self, name):
-        """A program of this build."""
+    def program(self, name, mode=os.X_OK):
+        """A program of this build; or, with another `mode`, another file of it."""
         for folder, _, files in os.walk(self.build):
-            if name in files and os.access(os.path.join(folder, name), os.X_OK):
+            if name in files and os.access(os.path.join(folder, name), mode):
                 return os.path.join(folder, name)
         raise CannotRun(f"{name} is not built in {self.build}; cmake --build {self.build} --target {name}")
 

@@ -132,6 +132,7 @@ bool Shard::poll_once() {
     bool moved = false;
     if (pair.can_transmit()) moved |= transmit_burst(pair) != 0;
     if (pair.can_receive()) moved |= receive_burst(pair) != 0;
+    if (pair.port->polls_netdev() && (pair.can_receive() || pair.can_transmit())) pair.port->poll_netdev();
     if (moved && pairs_.size() > 1) keep_alive();
     worked |= moved;
     if (suspects) [[unlikely]]

@@ -26,11 +26,12 @@ bool ring_is_sane(const XskRing& ring, std::uint64_t entry_size) {
 bool memory_is_sane(const XskDescription& description) {
   const bool source = (description.flags & XskDescription::kSource) != 0;
   const bool loopback = (description.flags & XskDescription::kLoopback) != 0;
+  const bool polls = (description.flags & XskDescription::kBusyPoll) != 0;
   if ((description.flags & XskDescription::kInMemory) == 0) return !source && !loopback;
   // Neither ring of a pair may overflow: each entry that is taken from one is put on the other.
   return description.rx.entries >= description.rx_frames && description.rx.entries >= description.fill.entries &&
          description.completion.entries >= description.tx.entries &&
-         description.max_packet <= description.frame_size - kXskKernelHeadroom && !(source && loopback) &&
+         description.max_packet <= description.frame_size - kXskKernelHeadroom && !(source && loopback) && !polls &&
          (!source || (description.source_length > 0 && description.source_length <= description.max_packet));
 }
 
@@ -101,6 +102,12 @@ bool XskPort::wake_transmit() const {
     if (::sendto(socket_.get(), nullptr, 0, MSG_DONTWAIT, nullptr, 0) < 0 && errno != EAGAIN) break;
   }
   return tx.consumer() == tx.producer();
+}
+
+void XskPort::poll_netdev() const {
+  // A netdev that is down or gone answers ENETDOWN or ENXIO; there is nothing to poll then, and the supervisor says so.
+  if (socket_ && rx.consumer() == rx.producer())
+    (void)::recvfrom(socket_.get(), nullptr, 0, MSG_DONTWAIT, nullptr, nullptr);
 }
 
 }  // namespace tandem

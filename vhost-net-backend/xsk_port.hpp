@@ -106,6 +106,12 @@ class XskPort {
   /// up.
   bool wake_transmit() const;
 
+  /// Whether the owner is to call poll_netdev().
+  [[nodiscard]] bool polls_netdev() const { return (description_.flags & XskDescription::kBusyPoll) != 0; }
+  /// Has the kernel take what waits in the netdev's queue, in this thread, if RX is empty: one system call. Outside of
+  /// transactions.
+  void poll_netdev() const;
+
   /// in_memory() only: does what the kernel would do with everything that is on TX and fill (null_port.cpp). Before
   /// anything else moves on these rings, and never between arm and disarm.
   void play_kernel() const;

@@ -17,6 +17,9 @@
 //    queue is full; ENOBUFS: no memory or completion ring full; for both call again later. ENETDOWN, ENXIO: the uplink
 //    is down or gone, and the consumer will not move: stop calling until the supervisor says more. The fill ring needs
 //    no call.
+//  - With kBusyPoll the netdev's interrupts wait for whoever owns the rings: recvfrom(fd, nullptr, 0, MSG_DONTWAIT, nullptr,
+//    nullptr) runs the queue's NAPI once in the caller (Documentation/networking/napi.rst), and so does the call for TX.
+//    Call when RX is empty. If nobody does for kInterruptDelayNs, the kernel goes on by itself.
 //  - The socket is readable in epoll when RX is not empty. When its netdev went it reports EPOLLERR, and SO_ERROR is
 //    ENETDOWN.
 //
@@ -44,6 +47,8 @@ inline constexpr std::uint32_t kXskLargeFrame = 4096;
 inline constexpr std::uint32_t kXskLinkHeader = 14 + 2 * 4;
 inline constexpr std::uint32_t kXskSmallFrameMtu = kXskSmallFrame - kXskKernelHeadroom - kXskLinkHeader;  // 1770
 inline constexpr std::uint32_t kXskLargestMtu = kXskLargeFrame - kXskKernelHeadroom - kXskLinkHeader;     // 3818
+/// kBusyPoll: so long the kernel waits for the next call before it runs the queue's NAPI itself.
+inline constexpr std::uint64_t kInterruptDelayNs = 200'000;
 /// Descriptors that travel beside each XskDescription: the socket (kInMemory: the rings), then the UMEM.
 inline constexpr std::uint32_t kXskFdsPerQueue = 2;
 
@@ -68,6 +73,8 @@ struct XskDescription {
   static constexpr std::uint32_t kSource = 1u << 2;
   /// kInMemory: frames on TX come back on RX, in order; they wait on TX for a frame on the fill ring.
   static constexpr std::uint32_t kLoopback = 1u << 3;
+  /// The owner is to run the queue's NAPI. Never with kInMemory.
+  static constexpr std::uint32_t kBusyPoll = 1u << 4;
 
   std::uint32_t version = kXskDescriptionVersion;
   std::uint32_t flags = 0;

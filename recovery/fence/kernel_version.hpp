@@ -13,6 +13,11 @@ namespace tandem {
 /// xsk_mmap). kUnsupported names the remedy; a release that does not begin with "major.minor" is kInvalid.
 Status kernel_is_supported(std::string_view release);
 
+/// Whether AF_XDP sockets learn which NAPI serves their queue from the first frame that arrives in native mode (Linux
+/// 5.11 to 6.12; net/xdp/xsk.c, xsk_rcv_check()). Later kernels ask the driver when the socket is bound. False for a
+/// release that is no version number.
+bool frames_tell_napi(std::string_view release);
+
 /// uname's release of the running kernel, the argument for kernel_is_supported().
 std::string running_kernel_release();
 

@@ -111,6 +111,7 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
       {"parking.window_s", number<std::uint32_t>(config.parking_window_s, 1, 86'400)},
       {"pair.nice", number<std::int32_t>(config.nice, -20, 19)},
       {"pair.cpus", cpu_list(config.cpus)},
+      {"pair.busy_poll", number<std::uint16_t>(config.busy_poll, 0, 256)},
       {"pair.heirs",
        choice<Heirs>(config.heirs,
                      {{"ordinary", Heirs::kOrdinary}, {"real-time", Heirs::kRealTime}, {"polling", Heirs::kPolling}})},
@@ -140,6 +141,10 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
         (two_lists
              ? "two CPUs for each of pair.shards, because heirs poll too: those of one backend, then those of the other"
              : "one CPU for each of pair.shards"));
+  if (config.busy_poll != 0 && config.polling != Polling::kAlways)
+    return wrong("read " + origin +
+                 ", pair.busy_poll: wants pair.polling = \"always\", for it holds back the interrupts that would wake an "
+                 "owner that sleeps");
   config.pin_dir = pin_dir.empty() ? "/sys/fs/bpf/tandem/" + config.instance : pin_dir;
   return config;
 }

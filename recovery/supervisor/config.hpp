@@ -37,6 +37,8 @@ struct Config {
   /// two backends on cpus[shards + i].
   std::vector<std::uint32_t> cpus;
   Heirs heirs = Heirs::kRealTime;
+  /// Frames that an owner takes from a netdev's queue in one poll of its own (XskMode); 0: interrupts bring them.
+  std::uint16_t busy_poll = 0;
 
   std::uint32_t parking_kills =
       5;  ///< backends that a NIC may kill within the window before it is parked; 0: any number

@@ -43,6 +43,16 @@ VaultItem* find_item(std::vector<VaultItem>& items, const std::string& key) {
 
 json channels_to_json(const Channels& channels) { return {channels.rx, channels.tx, channels.combined}; }
 
+json deferral_to_json(const std::optional<InterruptDeferral>& deferral) {
+  return deferral ? json{deferral->polls, deferral->timeout_ns} : json{};
+}
+
+// Null, or no such entry: a tandemd of a version that did not know it.
+std::optional<InterruptDeferral> deferral_from_json(const json& list) {
+  if (list.is_null()) return std::nullopt;
+  return InterruptDeferral{list.at(0).get<std::uint32_t>(), list.at(1).get<std::uint64_t>()};
+}
+
 Channels channels_from_json(const json& list) {
   Channels channels;
   channels.rx = list.at(0).get<std::uint32_t>();
@@ -92,6 +102,7 @@ Status Supervisor::keep_nic(Nic& nic) {
                     {"channels_changed", uplink.channels_changed},
                     {"channels_before", channels_to_json(uplink.channels_before)},
                     {"features_before", uplink.features_before},
+                    {"deferral_before", deferral_to_json(uplink.deferral_before)},
                     {"disabled", disabled_status(nic)}};
   const std::vector<XskDescription> ports = nic.uplink->descriptions();
   std::vector<int> fds = nic.uplink->descriptors();
@@ -273,7 +284,8 @@ Status Supervisor::adopt_nic(VaultItem& item, std::vector<VaultItem>& items) {
                       record.at("was_down").get<bool>(),
                       record.at("channels_changed").get<bool>(),
                       channels_from_json(record.at("channels_before")),
-                      record.at("features_before").get<std::vector<std::string>>()};
+                      record.at("features_before").get<std::vector<std::string>>(),
+                      deferral_from_json(record.value("deferral_before", json{}))};
   auto adopted = Uplink::adopt(uplink_config(nic.option), uplink, descriptions, std::move(ports->fds));
   if (!adopted) return within(what, std::move(adopted.error()));
   nic.uplink.emplace(std::move(*adopted));

@@ -92,6 +92,7 @@ UplinkConfig Supervisor::uplink_config(const NicOption& option) const {
   uplink.queue_pairs = option.queues;
   uplink.instance = config_.instance;
   uplink.pin_dir = config_.pin_dir + "/uplink";
+  uplink.busy_poll = config_.busy_poll;
   return uplink;
 }
 

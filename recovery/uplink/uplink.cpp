@@ -24,6 +24,8 @@ constexpr std::uint32_t kNameAttempts = 8;
 constexpr int kCarrierTimeoutMs = 2000;
 constexpr std::uint32_t kMaxQueues = 64;  // entries of the XSKMAP
 constexpr std::uint32_t kNullMtu = 1500;  // of a null= uplink whose NIC has none
+/// Of the kernel's own, one kInterruptDelayNs apart, after whoever polls a netdev busily has stopped.
+constexpr std::uint32_t kPollsBeforeInterrupts = 2;
 /// Transmit offloads of the bridge port leave work to a receiver that would not do it. All of them are of this prefix;
 /// the names that are not offloads (tx-lockless) cannot be changed anyway.
 const std::vector<std::string> kPortFeaturesOff = {"tx-"};
@@ -125,6 +127,7 @@ Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& rec
   uplink.channels_changed_ = record.channels_changed;
   uplink.channels_before_ = record.channels_before;
   uplink.features_before_ = record.features_before;
+  uplink.deferral_before_ = record.deferral_before;
   // Its maker may have died before the port carried.
   uplink.connected_ = !bridge || uplink.port_.master == uplink.above_.ifindex;
   uplink.owned_.set();
@@ -132,7 +135,7 @@ Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& rec
 }
 
 UplinkRecord Uplink::record() const {
-  return {ours_.name, port_.name, mtu_, was_down_, channels_changed_, channels_before_, features_before_};
+  return {ours_.name, port_.name, mtu_, was_down_, channels_changed_, channels_before_, features_before_, deferral_before_};
 }
 
 Uplink::~Uplink() { (void)close(); }
@@ -354,13 +357,36 @@ Status Uplink::open_queues(bool pass_host_traffic) {
   if (!redirect) return tl::make_unexpected(std::move(redirect.error()));
   redirect_ = std::move(*redirect);
   if (redirect_.generic()) notes_.push_back(ours_.name + " has no native XDP at this MTU: generic mode, slower");
+  // Frames that come by generic XDP belong to no NAPI that a socket could poll.
+  const XskMode mode{config_.zero_copy, redirect_.generic() ? std::uint16_t{0} : config_.busy_poll};
   for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {
-    auto made = XskQueue::open(ours_.ifindex, queue, *frame_size, config_.zero_copy);
+    auto made = XskQueue::open(ours_.ifindex, queue, *frame_size, mode);
     if (!made) return tl::make_unexpected(std::move(made.error()));
     if (auto added = redirect_.add(queue, made->socket_fd()); !added) return added;
     queues_.push_back(std::move(*made));
   }
+  if (config_.busy_poll != 0) defer_interrupts();
   return {};
+}
+
+// Without it the netdev's interrupts race with whoever polls, and both do half of the work twice.
+void Uplink::defer_interrupts() {
+  const std::string without = "pair.busy_poll has no effect on " + ours_.name + ": ";
+  if (redirect_.generic()) {
+    notes_.push_back(without + "generic XDP has no queue that could be polled");
+    return;
+  }
+  if (!is_polled_by_owner()) {
+    notes_.push_back(without +
+                     "the kernel does not know which NAPI serves its queues (drivers tell with netif_queue_set_napi(), "
+                     "veth's does not from Linux 6.13 on), or has no busy polling (CONFIG_NET_RX_BUSY_POLL)");
+    return;
+  }
+  auto before = interrupt_deferral(ours_.name);
+  Status deferred = before ? set_interrupt_deferral(ours_.name, {kPollsBeforeInterrupts, kInterruptDelayNs})
+                           : tl::make_unexpected(before.error());
+  if (before) deferral_before_ = *before;
+  if (!deferred) notes_.push_back(ours_.name + " is polled while its interrupts go on: " + deferred.error().text);
 }
 
 std::vector<XskDescription> Uplink::descriptions() const {
@@ -438,6 +464,7 @@ Status Uplink::close() {
   if (was_down_) keep_first(rtnetlink_.change(ours_.ifindex, {false, {}, {}}));
   if (channels_changed_) keep_first(set_channels(ours_.name, channels_before_));
   if (!features_before_.empty()) keep_first(switch_features_on(ours_.name, features_before_));
+  if (deferral_before_) keep_first(set_interrupt_deferral(ours_.name, *deferral_before_));
   return first;
 }
 

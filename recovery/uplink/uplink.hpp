@@ -9,12 +9,13 @@
 // bridge=: a veth pair tdmXXXXXXa (ours) and tdmXXXXXXb (a port of the bridge). The port's transmit offloads are off,
 // so that frames arrive with checksums done, one MTU long at most, VLAN tags in place; neither end speaks IPv6 by
 // itself. dev=: the whole netdev. Queues that no queue pair serves must not get frames, so its channels are set to
-// match. Promiscuous mode ends with the last holder of keep_fds(); channels, features and the up state are put back by
-// close() only. Limits: veth queues 256 frames per queue between two polls (VETH_RING_SIZE, drivers/net/veth.c) and has
+// match. Promiscuous mode ends with the last holder of keep_fds(); channels, features, the deferral of interrupts and the up
+// state are put back by close() only. Limits: veth queues 256 frames per queue between two polls (VETH_RING_SIZE, drivers/net/veth.c) and has
 // no setting for it; native XDP on veth needs an MTU of at most about 3500, above it generic mode is used.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -24,6 +25,7 @@
 #include "common/result.hpp"
 #include "common/unique_fd.hpp"
 #include "recovery/uplink/ethtool.hpp"
+#include "recovery/uplink/interrupt_deferral.hpp"
 #include "recovery/uplink/link_monitor.hpp"
 #include "recovery/uplink/rtnetlink.hpp"
 #include "recovery/uplink/xdp_redirect.hpp"
@@ -47,6 +49,8 @@ struct UplinkConfig {
   bool pass_host_traffic = false;  ///< dev=: frames on queues without a socket go to the host's stack
   bool promiscuous = true;         ///< dev=: else only frames to `mac` and all multicast
   bool zero_copy = false;          ///< dev=: let the driver use zero-copy if it can
+  /// Not null=: XskMode::busy_poll of its sockets, and interrupts that wait for it.
+  std::uint16_t busy_poll = 0;
   std::uint32_t frame_length = 0;  ///< kSource: bytes of each frame
 };
 
@@ -74,6 +78,7 @@ struct UplinkRecord {
   bool channels_changed = false;
   Channels channels_before;
   std::vector<std::string> features_before;
+  std::optional<InterruptDeferral> deferral_before;  ///< empty: it was not changed
 };
 
 /// Cleans up when it goes, unless leave_in_place() was called.
@@ -116,6 +121,10 @@ class Uplink {
   [[nodiscard]] std::uint32_t mtu() const noexcept { return mtu_; }
   [[nodiscard]] const std::string& netdev() const noexcept { return ours_.name; }  ///< empty: null=
   [[nodiscard]] const std::string& port() const noexcept { return port_.name; }    ///< bridge=: the bridge's end
+  /// Whether busy_poll was asked for and took effect: on all queues alike.
+  [[nodiscard]] bool is_polled_by_owner() const noexcept {
+    return !queues_.empty() && (queues_.front().description().flags & XskDescription::kBusyPoll) != 0;
+  }
   /// Things the operator should know though they are no errors; for the log.
   [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
 
@@ -144,6 +153,7 @@ class Uplink {
   Status match_channels();
   Status receive_everything();
   Status open_queues(bool pass_host_traffic);
+  void defer_interrupts();
   Status set_mtu(std::uint32_t available);
 
   UplinkConfig config_;
@@ -160,6 +170,7 @@ class Uplink {
   bool channels_changed_ = false;             ///< dev=
   bool was_down_ = false;                     ///< dev=
   std::vector<std::string> features_before_;  ///< dev=: switched off by us
+  std::optional<InterruptDeferral> deferral_before_;
   std::vector<std::string> notes_;
   bool connected_ = false;
   OwnedFlag owned_;  ///< there is something to undo

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/mapping.hpp"
+#include "recovery/fence/kernel_version.hpp"
 #include "recovery/uplink/sealed_memory.hpp"
 
 namespace tandem {
@@ -53,7 +54,8 @@ Result<std::uint32_t> XskQueue::frame_size_for(std::uint32_t mtu) {
                                        std::to_string(kXskLargestMtu));
 }
 
-Result<XskQueue> XskQueue::open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size, bool zero_copy) {
+Result<XskQueue> XskQueue::open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size,
+                                const XskMode& mode) {
   XskQueue made;
   XskDescription& description = made.description_;
   description.ifindex = ifindex;
@@ -72,7 +74,8 @@ Result<XskQueue> XskQueue::open(std::uint32_t ifindex, std::uint32_t queue, std:
   if (step) step = made.make_rings();
   if (step) step = made.read_offsets();
   if (step) step = made.post_rx_frames();
-  if (step) step = made.bind(zero_copy);
+  if (step) step = made.bind(mode.zero_copy);
+  if (step && mode.busy_poll != 0) step = made.ask_for_busy_polling(mode.busy_poll);
   if (!step) return within("make " + name_of(description), std::move(step.error()));
   return made;
 }
@@ -128,6 +131,26 @@ Status XskQueue::post_rx_frames() {
   // Release: the kernel reads the entries after it has seen the producer index.
   __atomic_store_n(reinterpret_cast<std::uint32_t*>(mapping->data() + fill.producer), description_.rx_frames,
                    __ATOMIC_RELEASE);
+  return {};
+}
+
+Status XskQueue::ask_for_busy_polling(int budget) {
+  unsigned napi = 0;
+  socklen_t size = sizeof napi;
+  if (::getsockopt(socket_.get(), SOL_SOCKET, SO_INCOMING_NAPI_ID, &napi, &size) != 0) napi = 0;
+  if (napi == 0 && !frames_tell_napi(running_kernel_release())) return {};
+  // A call that does not wait polls once, however long the time is; but 0 switches it off (sk_can_busy_loop()).
+  constexpr int kMicroseconds = 1;
+  constexpr int kOn = 1;
+  const std::pair<int, const int*> options[] = {
+      {SO_PREFER_BUSY_POLL, &kOn}, {SO_BUSY_POLL, &kMicroseconds}, {SO_BUSY_POLL_BUDGET, &budget}};
+  for (const auto& [option, value] : options) {
+    if (::setsockopt(socket_.get(), SOL_SOCKET, option, value, sizeof *value) == 0) continue;
+    if (errno == ENOPROTOOPT) return {};
+    return fail_errno("ask the kernel for busy polling with a budget of " + std::to_string(budget),
+                      errno == EPERM ? "needs CAP_NET_ADMIN; else set pair.busy_poll = 0" : "");
+  }
+  description_.flags |= XskDescription::kBusyPoll;
   return {};
 }
 

@@ -20,15 +20,26 @@ struct XskStatistics {
   std::uint64_t tx_ring_empty = 0;       ///< wake-ups that found nothing to send
 };
 
+/// How a socket is driven.
+struct XskMode {
+  bool zero_copy = false;  ///< zero-copy if the driver has it; else copy mode
+  /// Frames that one poll of whoever owns the rings takes from the netdev's queue at the most (SO_BUSY_POLL_BUDGET); 0:
+  /// interrupts bring them. XskDescription::kBusyPoll tells whether it took effect: not without
+  /// CONFIG_NET_RX_BUSY_POLL, and from Linux 6.13 on not with a driver that does not say which NAPI serves the queue
+  /// (netif_queue_set_napi(): virtio_net does, veth does not).
+  std::uint16_t busy_poll = 0;
+};
+
 /// Sole owner of its two descriptors. The socket stays bound, and in the XSKMAP, while any process holds a copy.
 class XskQueue {
  public:
   /// Frame size for an MTU; kInvalid names the largest MTU when none is large enough.
   static Result<std::uint32_t> frame_size_for(std::uint32_t mtu);
 
-  /// Makes socket and UMEM for `queue` of netdev `ifindex` and posts all RX frames on the fill ring. Copy mode unless
-  /// `zero_copy`, which takes zero-copy if the driver has it. Needs CAP_NET_RAW, and CAP_IPC_LOCK for the pinned UMEM.
-  static Result<XskQueue> open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size, bool zero_copy);
+  /// Makes socket and UMEM for `queue` of netdev `ifindex` and posts all RX frames on the fill ring. Needs CAP_NET_RAW,
+  /// CAP_IPC_LOCK for the pinned UMEM, and CAP_NET_ADMIN to poll busily.
+  static Result<XskQueue> open(std::uint32_t ifindex, std::uint32_t queue, std::uint32_t frame_size,
+                               const XskMode& mode);
 
   /// A queue that another process made.
   XskQueue(const XskDescription& description, UniqueFd socket, UniqueFd umem) noexcept
@@ -44,6 +55,7 @@ class XskQueue {
   Status make_rings();
   Status read_offsets();
   Status post_rx_frames();
+  Status ask_for_busy_polling(int budget);
   Status bind(bool zero_copy);
 
   UniqueFd socket_;

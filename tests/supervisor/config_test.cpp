@@ -30,6 +30,7 @@ TEST_CASE("an empty configuration has the defaults") {
   CHECK(config->polling == Polling::kAdaptive);
   CHECK(config->hugepages == Hugepages::kAuto);
   CHECK(config->cpus.empty());
+  CHECK(config->busy_poll == 0);
 }
 
 TEST_CASE("the configuration that is shipped says what the defaults are") {
@@ -50,6 +51,7 @@ TEST_CASE("the configuration that is shipped says what the defaults are") {
   CHECK(shipped->polling == defaults.polling);
   CHECK(shipped->hugepages == defaults.hugepages);
   CHECK(shipped->cpus == defaults.cpus);
+  CHECK(shipped->busy_poll == defaults.busy_poll);
   CHECK(shipped->parking_kills == defaults.parking_kills);
   CHECK(shipped->parking_window_s == defaults.parking_window_s);
 }
@@ -71,6 +73,7 @@ shards = 8
 polling = "always"
 heirs = "polling"
 cpus = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 1023]
+busy_poll = 64
 hugepages = "never"
 [parking]
 kills = 7
@@ -92,6 +95,7 @@ window_s = 300
   CHECK(config->polling == Polling::kAlways);
   CHECK(config->heirs == Heirs::kPolling);
   CHECK(config->cpus == std::vector<std::uint32_t>{0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 1023});
+  CHECK(config->busy_poll == 64);
   CHECK(config->hugepages == Hugepages::kNever);
   CHECK(config->parking_kills == 7);
   CHECK(config->parking_window_s == 300);
@@ -125,6 +129,9 @@ TEST_CASE("settings that are wrong are refused by name") {
       {"[pair]\nshards = 2\ncpus = [2, 2]", "wants a list"},
       {"[pair]\ncpus = [2, 3]", "one CPU for each"},
       {"[pair]\nheirs = \"polling\"\ncpus = [2]", "two CPUs for each"},
+      {"[pair]\npolling = \"always\"\nbusy_poll = 257", "from 0 to 256"},
+      {"[pair]\npolling = \"always\"\nbusy_poll = true", "from 0 to 256"},
+      {"[pair]\nbusy_poll = 64", "pair.polling"},
       {"[parking]\nkills = -1", "from 0 to 1000"},
       {"[parking]\nkills = 1001", "from 0 to 1000"},
       {"[parking]\nwindow_s = 0", "from 1 to 86400"},

@@ -10,19 +10,6 @@ using namespace tandem::test;
 
 namespace {
 
-/// A veth plays the hardware: it has channels and native XDP. Its other end, host0, is the outside.
-void make_dev() {
-  REQUIRE(run("ip link add eth9 numrxqueues 4 numtxqueues 4 type veth peer name host0 numrxqueues 4 numtxqueues 4"));
-  REQUIRE(run("ip link set host0 up"));
-}
-
-UplinkConfig dev_config(std::uint32_t queue_pairs = 1) {
-  UplinkConfig config = bridge_config(queue_pairs);
-  config.kind = UplinkKind::kDev;
-  config.name = "eth9";
-  return config;
-}
-
 void refuse(const UplinkConfig& config, const std::string& because) {
   const auto refused = Uplink::open(config);
   REQUIRE_FALSE(refused);
