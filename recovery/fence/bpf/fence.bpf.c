@@ -15,6 +15,7 @@
 #include <linux/types.h>
 
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 
 #include "common/layout/fence_slot.h"
@@ -133,11 +134,16 @@ static __always_inline int kills(int signal, const struct k_sigaction* action) {
 }
 
 /* Whether the thread brought the signal upon itself: a fault (the kernel's codes are positive), or sent by its own
- * process (abort). A group's death is told to each thread as a SIGKILL without information. */
+ * process (abort). A group's death is told to each thread as a SIGKILL without information.
+ *
+ * By reads that may fail: SEND_SIG_NOINFO and SEND_SIG_PRIV are 0 and 1 (include/linux/sched/signal.h), and Debian's 6.12
+ * lets no program follow this pointer itself ("marking pointer arg1 as scalar as it may encode error"). */
 static __always_inline __u32 own_doing(int signal, const struct kernel_siginfo* info) {
-  if (signal == kSigKill || !info) return 0;
-  if (info->si_code > 0) return 1;
-  return (__u32)info->_sifields._kill._pid == (__u32)(bpf_get_current_pid_tgid() >> 32);
+  int code = 0, sender = 0;
+  if (signal == kSigKill || bpf_core_read(&code, sizeof code, &info->si_code)) return 0;
+  if (code > 0) return 1;
+  if (bpf_core_read(&sender, sizeof sender, &info->_sifields._kill._pid)) return 0;
+  return (__u32)sender == (__u32)(bpf_get_current_pid_tgid() >> 32);
 }
 
 SEC("tp_btf/signal_deliver")
