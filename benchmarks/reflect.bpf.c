@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0 OR Apache-2.0)
 // The other end of a cable in the `uplink` benchmark: what comes in goes out again, in the kernel and at once.
-#include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
+#include <linux/bpf.h>
 
 SEC("xdp") int reflect(struct xdp_md* frame) {
   (void)frame;

@@ -59,8 +59,8 @@ Result<std::unique_ptr<XskPort>> XskPort::map(const XskDescription& description,
     if (!mapping) return within("map AF_XDP ring", std::move(mapping.error()));
     port->maps_[i] = std::move(*mapping);
   }
-  auto frames = Mapping::map_large(umem.get(), description.umem_size, PROT_READ | PROT_WRITE, what,
-                                   MAP_SHARED | MAP_POPULATE);
+  auto frames =
+      Mapping::map_large(umem.get(), description.umem_size, PROT_READ | PROT_WRITE, what, MAP_SHARED | MAP_POPULATE);
   if (!frames) return within("map AF_XDP frames", std::move(frames.error()));
   port->maps_[4] = std::move(*frames);
   for (const Mapping& mapping : port->maps_) {

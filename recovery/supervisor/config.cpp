@@ -142,9 +142,10 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
              ? "two CPUs for each of pair.shards, because heirs poll too: those of one backend, then those of the other"
              : "one CPU for each of pair.shards"));
   if (config.busy_poll != 0 && config.polling != Polling::kAlways)
-    return wrong("read " + origin +
-                 ", pair.busy_poll: wants pair.polling = \"always\", for it holds back the interrupts that would wake an "
-                 "owner that sleeps");
+    return wrong(
+        "read " + origin +
+        ", pair.busy_poll: wants pair.polling = \"always\", for it holds back the interrupts that would wake an "
+        "owner that sleeps");
   config.pin_dir = pin_dir.empty() ? "/sys/fs/bpf/tandem/" + config.instance : pin_dir;
   return config;
 }

@@ -135,7 +135,8 @@ Result<Uplink> Uplink::adopt(const UplinkConfig& config, const UplinkRecord& rec
 }
 
 UplinkRecord Uplink::record() const {
-  return {ours_.name, port_.name, mtu_, was_down_, channels_changed_, channels_before_, features_before_, deferral_before_};
+  return {ours_.name,       port_.name,      mtu_, was_down_, channels_changed_, channels_before_,
+          features_before_, deferral_before_};
 }
 
 Uplink::~Uplink() { (void)close(); }

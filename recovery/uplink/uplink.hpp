@@ -9,9 +9,10 @@
 // bridge=: a veth pair tdmXXXXXXa (ours) and tdmXXXXXXb (a port of the bridge). The port's transmit offloads are off,
 // so that frames arrive with checksums done, one MTU long at most, VLAN tags in place; neither end speaks IPv6 by
 // itself. dev=: the whole netdev. Queues that no queue pair serves must not get frames, so its channels are set to
-// match. Promiscuous mode ends with the last holder of keep_fds(); channels, features, the deferral of interrupts and the up
-// state are put back by close() only. Limits: veth queues 256 frames per queue between two polls (VETH_RING_SIZE, drivers/net/veth.c) and has
-// no setting for it; native XDP on veth needs an MTU of at most about 3500, above it generic mode is used.
+// match. Promiscuous mode ends with the last holder of keep_fds(); channels, features, the deferral of interrupts and
+// the up state are put back by close() only. Limits: veth queues 256 frames per queue between two polls
+// (VETH_RING_SIZE, drivers/net/veth.c) and has no setting for it; native XDP on veth needs an MTU of at most about
+// 3500, above it generic mode is used.
 #pragma once
 
 #include <cstdint>

@@ -28,7 +28,8 @@ TEST_CASE("kernels from 6.4 on are supported, older ones refused with a remedy")
 
 TEST_CASE("kernels from 5.11 to 6.12 learn a socket's NAPI from frames") {
   for (const char* telling : {"5.11", "6.4.0", "6.12.117+deb12-cloud-amd64"}) CHECK(frames_tell_napi(telling));
-  for (const char* silent : {"5.10.0", "6.13", "6.18.44", "7.0-rc1", "", "six.four"}) CHECK_FALSE(frames_tell_napi(silent));
+  for (const char* silent : {"5.10.0", "6.13", "6.18.44", "7.0-rc1", "", "six.four"})
+    CHECK_FALSE(frames_tell_napi(silent));
 }
 
 TEST_CASE("a stat line is read past any command name") {

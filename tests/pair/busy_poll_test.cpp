@@ -18,7 +18,7 @@ using namespace tandem::test;
     TANDEM_SKIP("needs a kernel that polls a veth busily: Linux 6.4 to 6.12, CONFIG_NET_RX_BUSY_POLL"); \
   } while (false)
 
-TEST_CASE("the owner polls the netdev, and so does each heir after it") {
+TEST_CASE("the owner polls the netdev, and so does each heir after it", "[kernel]") {
   SKIP_UNLESS_PAIR();
   PairHost host({.polling = "always", .configuration = "busy_poll = 64\n"});
   host.start();
@@ -44,7 +44,8 @@ TEST_CASE("the owner polls the netdev, and so does each heir after it") {
     const std::vector<pid_t> before = host.processes("tandemd");
     REQUIRE(before.size() == 1);
     REQUIRE(::kill(before.front(), SIGKILL) == 0);
-    REQUIRE(traffic.pump_until([&] { return host.status().value("ok", false) && host.processes("tandemd") != before; }));
+    REQUIRE(
+        traffic.pump_until([&] { return host.status().value("ok", false) && host.processes("tandemd") != before; }));
     CHECK(host.nic(kMac)["uplink"]["busy_poll"] == true);
     for (int kill = 0; kill < 2; ++kill) {
       require_whole(host, traffic);
@@ -61,7 +62,7 @@ TEST_CASE("the owner polls the netdev, and so does each heir after it") {
   require_clean_end(host, {"one"});
 }
 
-TEST_CASE("a hung owner's netdev goes on by itself until the heir polls it") {
+TEST_CASE("a hung owner's netdev goes on by itself until the heir polls it", "[kernel]") {
   SKIP_UNLESS_PAIR();
   PairHost host({.polling = "always", .configuration = "busy_poll = 64\n"});
   host.start();

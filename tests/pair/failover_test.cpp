@@ -177,7 +177,10 @@ TEST_CASE("owner and heir die together: a new backend goes on") {
     Traffic traffic(guest, kMac);
     for (int round = 0; round < 3; ++round) {
       REQUIRE(traffic.pump_frames(200));
+      require_whole(host, traffic);
       const pid_t victim = host.active(), heir = host.standby();
+      REQUIRE(victim > 0);
+      REQUIRE(heir > 0);  // 0 would be this process's own group
       const bool heir_first = round % 2 == 0;
       ::kill(heir_first ? heir : victim, SIGKILL);
       ::kill(heir_first ? victim : heir, SIGKILL);

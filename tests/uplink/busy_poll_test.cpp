@@ -22,14 +22,15 @@ int option_of(int socket, int option) {
 }
 
 /// Leaves the test as skipped where the kernel cannot poll a veth. It has to say so.
-#define SKIP_UNLESS_POLLED(uplink)                                                                                  \
-  do {                                                                                                              \
-    if ((uplink).is_polled_by_owner()) break;                                                                       \
-    REQUIRE((uplink).notes().size() == 1);                                                                          \
-    REQUIRE((uplink).notes()[0].find("pair.busy_poll has no effect on eth9: the kernel does not") != std::string::npos); \
-    CHECK(option_of((uplink).descriptors()[0], SO_PREFER_BUSY_POLL) <= 0);                                          \
-    CHECK_FALSE((uplink).record().deferral_before);                                                                 \
-    TANDEM_SKIP("needs a kernel that polls a veth busily: Linux 6.4 to 6.12, CONFIG_NET_RX_BUSY_POLL");             \
+#define SKIP_UNLESS_POLLED(uplink)                                                                      \
+  do {                                                                                                  \
+    if ((uplink).is_polled_by_owner()) break;                                                           \
+    REQUIRE((uplink).notes().size() == 1);                                                              \
+    REQUIRE((uplink).notes()[0].find("pair.busy_poll has no effect on eth9: the kernel does not") !=    \
+            std::string::npos);                                                                         \
+    CHECK(option_of((uplink).descriptors()[0], SO_PREFER_BUSY_POLL) <= 0);                              \
+    CHECK_FALSE((uplink).record().deferral_before);                                                     \
+    TANDEM_SKIP("needs a kernel that polls a veth busily: Linux 6.4 to 6.12, CONFIG_NET_RX_BUSY_POLL"); \
   } while (false)
 
 }  // namespace

@@ -66,8 +66,8 @@ inline UplinkConfig bridge_config(std::uint32_t queue_pairs = 1) {
   return config;
 }
 
-/// A veth eth9 plays the hardware: it has channels, and native XDP if its other end, host0, which is the outside, has no
-/// more queues than the uplink (else generic).
+/// A veth eth9 plays the hardware: it has channels, and native XDP if its other end, host0, which is the outside, has
+/// no more queues than the uplink (else generic).
 inline void make_dev(unsigned outside_queues = 4) {
   const std::string outside = std::to_string(outside_queues);
   REQUIRE(run("ip link add eth9 numrxqueues 4 numtxqueues 4 type veth peer name host0 numrxqueues " + outside +

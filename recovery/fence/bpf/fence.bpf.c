@@ -136,8 +136,9 @@ static __always_inline int kills(int signal, const struct k_sigaction* action) {
 /* Whether the thread brought the signal upon itself: a fault (the kernel's codes are positive), or sent by its own
  * process (abort). A group's death is told to each thread as a SIGKILL without information.
  *
- * By reads that may fail: SEND_SIG_NOINFO and SEND_SIG_PRIV are 0 and 1 (include/linux/sched/signal.h), and Debian's 6.12
- * lets no program follow this pointer itself ("marking pointer arg1 as scalar as it may encode error"). */
+ * By reads that may fail: SEND_SIG_NOINFO and SEND_SIG_PRIV are 0 and 1 (include/linux/sched/signal.h), and
+ * Debian's 6.12 lets no program follow this pointer itself ("marking pointer arg1 as scalar as it may encode error").
+ */
 static __always_inline __u32 own_doing(int signal, const struct kernel_siginfo* info) {
   int code = 0, sender = 0;
   if (signal == kSigKill || bpf_core_read(&code, sizeof code, &info->si_code)) return 0;
