@@ -3,7 +3,7 @@
 
 txonly: frames are counted where they arrive, at the other end of the veth, whose kernel drops them. both: the other end sends
 each frame back (reflect.bpf.c) and so does the guest, so that a fixed number goes round; the guest counts them. All of the
-kernel's work is done on the backend's core, by whoever sends.
+kernel's work is done on the backend's core, by whoever sends, or polls.
 
 netdev: interrupts bring received frames, or the backend's thread polls the netdev's queue itself (pair.busy_poll; net_af_xdp's
 busy_budget) and interrupts wait.
@@ -32,11 +32,12 @@ def _write(path, value):
 
 class _Cable:
     def __init__(self, world, direction):
+        reflector = world.program("reflect.bpf.o", os.R_OK) if direction == "both" else None
         ip("link", "add", OURS, "type", "veth", "peer", "name", THEIRS)
         for end in (OURS, THEIRS):
             _write(f"/proc/sys/net/ipv6/conf/{end}/disable_ipv6", 1)
-        if direction == "both":
-            ip("link", "set", THEIRS, "xdpdrv", "obj", world.program("reflect.bpf.o", os.R_OK), "sec", "xdp")
+        if reflector is not None:
+            ip("link", "set", THEIRS, "xdpdrv", "obj", reflector, "sec", "xdp")
         for end in (OURS, THEIRS):
             ip("link", "set", end, "up")
 

@@ -115,7 +115,7 @@ class World:
         for folder, _, files in os.walk(self.build):
             if name in files and os.access(os.path.join(folder, name), mode):
                 return os.path.join(folder, name)
-        raise CannotRun(f"{name} is not built in {self.build}; cmake --build {self.build} --target {name}")
+        raise CannotRun(f"{name} is not built in {self.build}; cmake --build {self.build} --target benchmarks")
 
     def tool(self, name, package):
         found = shutil.which(name)

@@ -17,10 +17,10 @@
 //    queue is full; ENOBUFS: no memory or completion ring full; for both call again later. ENETDOWN, ENXIO: the uplink
 //    is down or gone, and the consumer will not move: stop calling until the supervisor says more. The fill ring needs
 //    no call.
-//  - With kBusyPoll the netdev's interrupts wait for whoever owns the rings: recvfrom(fd, nullptr, 0, MSG_DONTWAIT,
-//  nullptr,
-//    nullptr) runs the queue's NAPI once in the caller (Documentation/networking/napi.rst), and so does the call for
-//    TX. Call when RX is empty. If nobody does for kInterruptDelayNs, the kernel goes on by itself.
+//  - With kBusyPoll the netdev's interrupts wait for whoever owns the rings:
+//    recvfrom(fd, nullptr, 0, MSG_DONTWAIT, nullptr, nullptr) runs the queue's NAPI once in the caller
+//    (Documentation/networking/napi.rst), and so does the call for TX. Call when RX is empty. If nobody does for
+//    kInterruptDelayNs, the kernel goes on by itself.
 //  - The socket is readable in epoll when RX is not empty. When its netdev went it reports EPOLLERR, and SO_ERROR is
 //    ENETDOWN.
 //

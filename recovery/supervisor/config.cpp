@@ -145,7 +145,7 @@ Result<Config> parse_config(const std::string& source, const std::string& origin
     return wrong(
         "read " + origin +
         ", pair.busy_poll: wants pair.polling = \"always\", for it holds back the interrupts that would wake an "
-        "owner that sleeps");
+        "owner that sleeps; set that, or pair.busy_poll = 0");
   config.pin_dir = pin_dir.empty() ? "/sys/fs/bpf/tandem/" + config.instance : pin_dir;
   return config;
 }

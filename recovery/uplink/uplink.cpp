@@ -282,12 +282,15 @@ Status Uplink::open_dev() {
   }
   if (step) step = open_queues(config_.pass_host_traffic);
   if (step) step = receive_everything();
-  if (step && !ours_.up) {
-    was_down_ = true;
-    step = rtnetlink_.change(ours_.ifindex, {true, {}, {}});
-  }
+  if (step) step = set_up_dev();
   connected_ = true;
   return step;
+}
+
+Status Uplink::set_up_dev() {
+  if (ours_.up || was_down_) return {};
+  was_down_ = true;
+  return rtnetlink_.change(ours_.ifindex, {true, {}, {}});
 }
 
 Status Uplink::open_null() {
@@ -358,6 +361,9 @@ Status Uplink::open_queues(bool pass_host_traffic) {
   if (!redirect) return tl::make_unexpected(std::move(redirect.error()));
   redirect_ = std::move(*redirect);
   if (redirect_.generic()) notes_.push_back(ours_.name + " has no native XDP at this MTU: generic mode, slower");
+  // A driver tells which NAPI serves a queue when it is set up, and a socket asks when it is bound.
+  if (config_.busy_poll != 0 && config_.kind == UplinkKind::kDev)
+    if (auto up = set_up_dev(); !up) return up;
   // Frames that come by generic XDP belong to no NAPI that a socket could poll.
   const XskMode mode{config_.zero_copy, redirect_.generic() ? std::uint16_t{0} : config_.busy_poll};
   for (std::uint32_t queue = 0; queue < config_.queue_pairs; ++queue) {
@@ -380,7 +386,8 @@ void Uplink::defer_interrupts() {
   if (!is_polled_by_owner()) {
     notes_.push_back(without +
                      "the kernel does not know which NAPI serves its queues (drivers tell with netif_queue_set_napi(), "
-                     "veth's does not from Linux 6.13 on), or has no busy polling (CONFIG_NET_RX_BUSY_POLL)");
+                     "veth's does not from Linux 6.13 on), or has no busy polling (CONFIG_NET_RX_BUSY_POLL); use "
+                     "another NIC or kernel, or set pair.busy_poll = 0");
     return;
   }
   auto before = interrupt_deferral(ours_.name);

@@ -154,6 +154,7 @@ class Uplink {
   Status match_channels();
   Status receive_everything();
   Status open_queues(bool pass_host_traffic);
+  Status set_up_dev();
   void defer_interrupts();
   Status set_mtu(std::uint32_t available);
 

@@ -26,7 +26,8 @@ struct XskMode {
   /// Frames that one poll of whoever owns the rings takes from the netdev's queue at the most (SO_BUSY_POLL_BUDGET); 0:
   /// interrupts bring them. XskDescription::kBusyPoll tells whether it took effect: not without
   /// CONFIG_NET_RX_BUSY_POLL, and from Linux 6.13 on not with a driver that does not say which NAPI serves the queue
-  /// (netif_queue_set_napi(): virtio_net does, veth does not).
+  /// (netif_queue_set_napi(): virtio_net does, veth does not). Before, the first frame tells, and it is only assumed
+  /// here that the driver lets it (igb and tun do not).
   std::uint16_t busy_poll = 0;
 };
 

@@ -30,10 +30,12 @@ TEST_CASE("the owner polls the netdev, and so does each heir after it", "[kernel
     REQUIRE(traffic.pump_frames(100));
     // From here on the kernel would wait for a quarter of an hour before it brought a frame by itself.
     const std::string netdev = "/sys/class/net/" + host.nic(kMac)["uplink"]["device"].get<std::string>();
-    std::ofstream(netdev + "/gro_flush_timeout") << 1'000'000'000'000;
+    std::ofstream timeout(netdev + "/gro_flush_timeout");
+    REQUIRE(timeout << 1'000'000'000'000 << std::flush);
     REQUIRE(traffic.pump_frames(2000));
     for (int kill = 0; kill < 4; ++kill) {
       const pid_t victim = host.active();
+      REQUIRE(victim > 0);
       REQUIRE(::kill(victim, SIGKILL) == 0);
       pump_until_paired(host, traffic, victim);
       REQUIRE(traffic.pump_frames(300));
@@ -50,6 +52,7 @@ TEST_CASE("the owner polls the netdev, and so does each heir after it", "[kernel
     for (int kill = 0; kill < 2; ++kill) {
       require_whole(host, traffic);
       const pid_t victim = host.active();
+      REQUIRE(victim > 0);
       REQUIRE(::kill(victim, SIGKILL) == 0);
       pump_until_paired(host, traffic, victim);
       REQUIRE(traffic.pump_frames(300));
@@ -62,7 +65,7 @@ TEST_CASE("the owner polls the netdev, and so does each heir after it", "[kernel
   require_clean_end(host, {"one"});
 }
 
-TEST_CASE("a hung owner's netdev goes on by itself until the heir polls it", "[kernel]") {
+TEST_CASE("an owner that polls its netdev hangs: its heir polls it", "[kernel]") {
   SKIP_UNLESS_PAIR();
   PairHost host({.polling = "always", .configuration = "busy_poll = 64\n"});
   host.start();
@@ -74,6 +77,7 @@ TEST_CASE("a hung owner's netdev goes on by itself until the heir polls it", "[k
     for (int hang = 0; hang < 3; ++hang) {
       REQUIRE(traffic.pump_frames(300));
       const pid_t victim = host.active();
+      REQUIRE(victim > 0);
       REQUIRE(::kill(victim, SIGSTOP) == 0);
       pump_until_paired(host, traffic, victim);
     }
