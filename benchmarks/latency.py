@@ -30,13 +30,18 @@ def _seen(prober, seconds, rate):
     return prober.finish().round_trips_us()[rate:]
 
 
-def _tandem_loop(world, polling, rate, seconds):
-    host = tandem.Tandem(world, polling=polling)
+def _tandem_loop(world, polling, rate, seconds, backend=None):
+    host = tandem.Tandem(world, polling=polling, backend=backend)
     try:
         host.provide({tandem.MAC: "null='loopback'"})
         return _seen(Prober(world, [host.socket()], rate), seconds, rate)
     finally:
         host.close()
+
+
+def _unprotected_loop(world, polling, rate, seconds):
+    """What of it is protection (docs/benchmarks.md, overhead)."""
+    return _tandem_loop(world, polling, rate, seconds, world.program("tandem-backend-unprotected"))
 
 
 def _testpmd_loop(world, _polling, rate, seconds):
@@ -59,8 +64,8 @@ def _ovs_loop(world, _polling, rate, seconds):
         switch.close()
 
 
-LOOPS = {("tandem", "adaptive"): _tandem_loop, ("tandem", "always"): _tandem_loop, ("testpmd", "always"): _testpmd_loop,
-         ("ovs-dpdk", "always"): _ovs_loop}
+LOOPS = {("tandem", "adaptive"): _tandem_loop, ("tandem", "always"): _tandem_loop,
+         ("unprotected", "always"): _unprotected_loop, ("testpmd", "always"): _testpmd_loop, ("ovs-dpdk", "always"): _ovs_loop}
 
 
 # --- ping through a bridge to a guest -----------------------------------------------------------------------------------------
