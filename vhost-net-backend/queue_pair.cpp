@@ -394,8 +394,9 @@ std::uint32_t transmit_from(QueuePair& pair, const Queue& queue) {
   disarm(pair);
   let_go(pair);
   count_transaction(*pair.shard);
-  call_if_wanted(pair.transmit, queue, record.used_before, record.used_after);
+  // Packets first: to be told that its buffers are back is worth less to a guest than that they are on their way.
   pair.transmit_pending = !port.wake_transmit() || no_room;
+  call_if_wanted(pair.transmit, queue, record.used_before, record.used_after);
   TANDEM_PROBE(kNotified);
   return chains;
 }
