@@ -42,14 +42,18 @@ _INTERFACE = """\
 
 
 class Tandem:
-    """Started by the constructor; the world ends it if close() does not."""
+    """Started by the constructor; the world ends it if close() does not.
+
+    `others_apart`: the members' other threads are on the guest's core, as `pair.cpus` would have it.
+    """
 
     _number = 0
 
-    def __init__(self, world, polling="always", backend=None, watchdog="", heirs="real-time", busy_poll=0):
+    def __init__(self, world, polling="always", backend=None, watchdog="", heirs="real-time", busy_poll=0, others_apart=False):
         Tandem._number += 1
         self.world = world
         self.watchdog = watchdog
+        self._others_apart = others_apart
         # An heir that polls and an owner that works cannot share a core.
         self._cores = {"active": BACKEND_CORE, "standby": GUEST_CORE if heirs == "polling" else BACKEND_CORE}
         self.run_dir = world.path(f"tandem{Tandem._number}")
@@ -122,9 +126,13 @@ class Tandem:
             pair = wait_for(whole, 60, f"a pair with owner and standby{self._log_hint()}", 0.02)
             try:
                 for member, core in self._cores.items():
-                    os.sched_setaffinity(pair[member]["tid"], {core})
+                    pid, poller = pair[member]["pid"], pair[member]["tid"]
+                    os.sched_setaffinity(poller, {core})
+                    for thread in os.listdir(f"/proc/{pid}/task") if self._others_apart else ():
+                        if int(thread) != poller:
+                            os.sched_setaffinity(int(thread), {GUEST_CORE})
                 return pair
-            except ProcessLookupError:
+            except (ProcessLookupError, FileNotFoundError):
                 continue  # one has died since it was asked for
         raise Failed(f"the pair's members die as soon as they are there{self._log_hint()}")
 

@@ -16,6 +16,9 @@ namespace {
 
 // How often a standby warms the buffers in use.
 constexpr std::uint64_t kWarmEveryNs = 10'000'000'000;
+// Every so many rounds also those of virtqueues that name the same ones as before: the kernel may have taken their
+// pages out of the page tables since (reclaim, migration).
+constexpr std::uint32_t kWarmAnewRounds = 6;
 // How soon again after a description, for a ring that was just started names few yet.
 constexpr std::uint64_t kWarmAgainNs = 1'000'000'000;
 
@@ -177,12 +180,17 @@ int Controller::until_warming_ms() const {
 void Controller::warm_some() {
   if (monotonic_ns() < warm_at_ns_) return;
   if (owns()) warm_device_ = kMaxDevices;
+  const bool anew = warm_round_ % kWarmAnewRounds == 0;
   for (; warm_device_ < kMaxDevices; ++warm_device_, warm_vring_ = 0) {
     const auto& device = newest_[warm_device_];
-    while (device && warm_vring_ < 2 * device->description().queue_pairs)
-      if (device->warm_buffers(warm_vring_++)) return;
+    while (device && warm_vring_ < 2 * device->description().queue_pairs) {
+      std::uint64_t& warmed = warmed_[warm_device_][warm_vring_];
+      if (anew) warmed = 0;
+      if (device->warm_buffers(warm_vring_++, warmed)) return;
+    }
   }
   warm_device_ = warm_vring_ = 0;
+  ++warm_round_;
   warm_at_ns_ = monotonic_ns() + (std::exchange(described_, false) ? kWarmAgainNs : kWarmEveryNs);
 }
 
@@ -294,6 +302,7 @@ Status Controller::describe(std::span<const std::byte> body, std::vector<UniqueF
     if (!device) return within("describe", std::move(device.error()));
   }
   newest_[description.device] = *device;
+  warmed_[description.device].assign(2 * std::size_t{description.queue_pairs}, 0);
   described_ = true;
   warm_at_ns_ = 0;
   for (auto& shard : shards_) shard->post(DescribeCommand{*device});

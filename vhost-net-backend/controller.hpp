@@ -53,7 +53,9 @@ class Controller {
   // When to begin warming buffers again (CLOCK_MONOTONIC), and how far this round of it has come.
   std::uint64_t warm_at_ns_ = 0;
   std::uint32_t warm_device_ = 0, warm_vring_ = 0;
-  bool described_ = false;           ///< something new since the last round
+  std::uint32_t warm_round_ = 0;
+  std::vector<std::vector<std::uint64_t>> warmed_{kMaxDevices};  // by device and vring, see Device::warm_buffers()
+  bool described_ = false;                                       ///< something new since the last round
   std::vector<std::uint32_t> tags_;  ///< of each shard's thread; 0: it may not own
   // The newest generation of each device, whose memory mappings the next one may share.
   std::vector<std::shared_ptr<const Device>> newest_{kMaxDevices};

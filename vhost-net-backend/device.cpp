@@ -61,15 +61,24 @@ std::vector<std::uint64_t> buffer_pages(const std::byte* table, std::uint32_t si
   return pages;
 }
 
+// FNV-1a (Fowler, Noll, Vo) over whole words; never 0.
+std::uint64_t digest(const std::vector<std::uint64_t>& pages) {
+  std::uint64_t value = 0xcbf29ce484222325;
+  for (const std::uint64_t page : pages) value = (value ^ page) * 0x100000001b3;
+  return value == 0 ? 1 : value;
+}
+
 }  // namespace
 
-bool Device::warm_buffers(std::uint32_t vring) const {
+bool Device::warm_buffers(std::uint32_t vring, std::uint64_t& warmed) const {
   if (vring >= vrings_.size() || !vrings_[vring].queue.bound()) return false;
   const VringDescription& description = description_.vrings[vring];
   const std::byte* table = memory_->view_user(description.descriptor_user_address, table_bytes(description));
   if (table == nullptr) return false;
   const bool writable = vring % 2 == 0;
   const std::vector<std::uint64_t> pages = buffer_pages(table, description.size);
+  const std::uint64_t before = std::exchange(warmed, digest(pages));
+  if (warmed == before) return true;
   for (auto first = pages.begin(); first != pages.end();) {
     auto end = first + 1;
     while (end != pages.end() && *end == *(end - 1) + 1) ++end;

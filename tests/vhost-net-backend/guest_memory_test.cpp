@@ -2,6 +2,7 @@
 // Guest memory: the read-only view, the window and its key, region edges, pages that go away.
 #include "vhost-net-backend/guest_memory.hpp"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <catch2/catch.hpp>
 #include <csignal>
 #include <functional>
+#include <stdexcept>
 
 #include "tests/support/skip.hpp"
 #include "tests/vhost-net-backend/bench.hpp"
@@ -29,6 +31,16 @@ int signal_of(const std::function<void()>& act) {
   int status = 0;
   ::waitpid(child, &status, 0);
   return WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+}
+
+// Whether this process's page tables have the page (bit 63 of its word in /proc/self/pagemap, proc(5)).
+bool in_page_tables(const std::byte* at) {
+  const UniqueFd file{::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)};
+  std::uint64_t word = 0;
+  if (::pread(file.get(), &word, sizeof word, static_cast<off_t>(reinterpret_cast<std::uintptr_t>(at) / 4096 * 8)) !=
+      sizeof word)
+    throw std::runtime_error("read /proc/self/pagemap");
+  return (word >> 63) != 0;
 }
 
 WorldShape spare_world() {
@@ -145,6 +157,42 @@ TEST_CASE("a region larger than its file is refused") {
     REQUIRE_FALSE(memory.has_value());
     CHECK(memory.error().kind == ErrorKind::kInvalid);
   }
+}
+
+TEST_CASE("warming brings named buffers into the page tables, once for the same ones") {
+  Bench bench(spare_world());
+  const DeviceDescription description = bench.world.describe(2);
+  const auto device = bench.world.make_device(description, nullptr);
+  constexpr std::uint32_t kTransmit = 1;
+  // In a mapping of its own: to read the descriptors must not bring it in.
+  const Piece piece{bench.world.spare_address(0), 200, false};
+  bench.nic().transmit.add({&piece, 1});
+  auto* const buffer = const_cast<std::byte*>(device->memory()->view_some(piece.address, piece.length).data());
+  const auto forget = [&] {
+    REQUIRE(::madvise(buffer, 4096, MADV_DONTNEED) == 0);
+    REQUIRE_FALSE(in_page_tables(buffer));
+  };
+  std::uint64_t warmed = 0;
+  CHECK(device->warm_buffers(kTransmit, warmed));
+  CHECK_FALSE(in_page_tables(buffer));  // memory that no guest has used, or that it has given back, stays so
+  CHECK(*buffer == std::byte{0});       // from here on there is a page
+
+  warmed = 0;
+  forget();
+  CHECK(device->warm_buffers(kTransmit, warmed));
+  CHECK(in_page_tables(buffer));
+  const std::uint64_t once = warmed;
+  forget();
+  CHECK(device->warm_buffers(kTransmit, warmed));
+  CHECK(warmed == once);
+  CHECK_FALSE(in_page_tables(buffer));
+
+  const Piece other{bench.world.spare_address(1), 200, false};
+  bench.nic().transmit.add({&other, 1});
+  CHECK(device->warm_buffers(kTransmit, warmed));
+  CHECK(warmed != once);
+  CHECK(in_page_tables(buffer));
+  CHECK_FALSE(device->warm_buffers(2 * description.queue_pairs, warmed));
 }
 
 TEST_CASE("memory that shrinks stops its own device and no other") {
