@@ -58,7 +58,7 @@ def _distributions(axes, rows):
     axes.set_ylabel("part of the samples")
     axes.grid(True, which="both", alpha=0.3)
     # Between what goes on by itself and what is started again there are decades.
-    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.7, 0.5))
+    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.63, 0.5))
 
 
 def _scale(axes, rows):

@@ -72,6 +72,7 @@ def _step(world, nics, queue_pairs, kills, rate):
         cpu = None
         for _ in range(3):  # a host that takes a CPU away may cost an owner in between
             pair = host.wait_whole()
+            time.sleep(3)  # its start is not its sleep
             standby = pair["standby"]["pid"]
             before, since = _cpu_seconds(standby), time.monotonic()
             time.sleep(STANDBY_SECONDS)
