@@ -16,8 +16,8 @@ namespace {
 
 // How often a standby warms the buffers in use.
 constexpr std::uint64_t kWarmEveryNs = 10'000'000'000;
-// Every so many rounds also those of virtqueues that name the same ones as before: the kernel may have taken their
-// pages out of the page tables since (reclaim, migration).
+// Every so many rounds also those of virtqueues that name the same pages as before: the kernel may have taken them out
+// of the page tables since (reclaim, migration).
 constexpr std::uint32_t kWarmAnewRounds = 6;
 // How soon again after a description, for a ring that was just started names few yet.
 constexpr std::uint64_t kWarmAgainNs = 1'000'000'000;

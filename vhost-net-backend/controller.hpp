@@ -56,7 +56,7 @@ class Controller {
   std::uint32_t warm_round_ = 0;
   std::vector<std::vector<std::uint64_t>> warmed_{kMaxDevices};  // by device and vring, see Device::warm_buffers()
   bool described_ = false;                                       ///< something new since the last round
-  std::vector<std::uint32_t> tags_;  ///< of each shard's thread; 0: it may not own
+  std::vector<std::uint32_t> tags_;                              ///< of each shard's thread; 0: it may not own
   // The newest generation of each device, whose memory mappings the next one may share.
   std::vector<std::shared_ptr<const Device>> newest_{kMaxDevices};
 };

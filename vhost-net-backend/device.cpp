@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <utility>
 
 namespace tandem {
 
@@ -79,12 +80,14 @@ bool Device::warm_buffers(std::uint32_t vring, std::uint64_t& warmed) const {
   const std::vector<std::uint64_t> pages = buffer_pages(table, description.size);
   const std::uint64_t before = std::exchange(warmed, digest(pages));
   if (warmed == before) return true;
+  bool all = true;
   for (auto first = pages.begin(); first != pages.end();) {
     auto end = first + 1;
     while (end != pages.end() && *end == *(end - 1) + 1) ++end;
-    memory_->warm_buffers(*first * kPage, static_cast<std::uint64_t>(end - first) * kPage, writable);
+    all &= memory_->warm_buffers(*first * kPage, static_cast<std::uint64_t>(end - first) * kPage, writable);
     first = end;
   }
+  if (!all) warmed = 0;
   return true;
 }
 

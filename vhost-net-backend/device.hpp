@@ -32,8 +32,9 @@ class Device {
   [[nodiscard]] const BoundQueue& vring(std::uint32_t index) const { return vrings_[index]; }
   /// Has the page tables filled for the buffers that a running vring names just now: what its driver puts there after
   /// the start, and then mostly goes on with. Otherwise a fresh heir's packets wait for a page fault each. Control
-  /// thread; about a millisecond, ten for a hostile guest. `warmed`: a digest of the pages that are named, 0 at first;
-  /// as long as it stays the same there is nothing to do. False: the vring does not run.
+  /// thread; about a millisecond, ten for a hostile guest. `warmed`: a digest of the pages that are named, 0 at first,
+  /// and as long as some of them are not in memory; while it stays the same nothing is done. False: the vring does not
+  /// run.
   bool warm_buffers(std::uint32_t vring, std::uint64_t& warmed) const;
 
  private:

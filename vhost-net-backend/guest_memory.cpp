@@ -217,9 +217,10 @@ void GuestMemory::warm_ring(std::uint64_t user_address, std::uint64_t length) co
   populate(region->window + offset, length, true);
 }
 
-void GuestMemory::warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const {
+bool GuestMemory::warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const {
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   std::vector<unsigned char> resident;
+  bool all = true;
   while (length != 0) {
     const Region* region = find(address, 1);
     const std::uint64_t offset = region == nullptr ? 0 : address - region->guest_address;
@@ -230,19 +231,21 @@ void GuestMemory::warm_buffers(std::uint64_t address, std::uint64_t length, bool
       // which is no loss: it takes few faults.
       resident.resize((piece + page - 1) / page);
       const std::byte* const base = writable ? region->window + offset : region->view + offset;
-      if (::mincore(const_cast<std::byte*>(base), piece, resident.data()) != 0) return;
+      if (::mincore(const_cast<std::byte*>(base), piece, resident.data()) != 0) return false;
       // By reading, also what is to be written: the kernel then enters the pages around each as well
       // (fault_around_bytes), writable where the file's kind allows, as memfds do.
       for (std::size_t first = 0; first < resident.size();) {
         std::size_t end = first;
         while (end < resident.size() && (resident[end] & 1) != 0) ++end;
         if (end != first) populate(base + first * page, (end - first) * page, false);
+        all = all && end == resident.size();
         first = end + 1;
       }
     }
     address += piece;
     length -= piece;
   }
+  return all;
 }
 
 WritableSpan GuestMemory::authorize_user(std::uint64_t address, std::uint64_t length) const {

@@ -126,9 +126,9 @@ class GuestMemory {
 
   /// populate() for what a takeover is about to touch: a ring, by user addresses, in view and window (needs
   /// WindowOpen); or pages with buffers, by guest addresses, as far as the guest has memory there. Addresses that lie
-  /// nowhere are left alone.
+  /// nowhere are left alone. False: some of the guest's pages are not in memory yet, or any more.
   void warm_ring(std::uint64_t user_address, std::uint64_t length) const;
-  void warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const;
+  bool warm_buffers(std::uint64_t address, std::uint64_t length, bool writable) const;
 
   /// True once a page of this memory was found missing (SIGBUS): its content is private zeroes from then on, the device
   /// stops.

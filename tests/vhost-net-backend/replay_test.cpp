@@ -27,7 +27,7 @@ struct Scenario {
 // Sanitizers look for other mistakes than these tests do, and make each death take ten times as long: for them the two
 // that differ most.
 #ifdef __SANITIZE_ADDRESS__
-constexpr std::array kBursts = {2u, 45u};
+constexpr std::array kBursts = {2u, 32u};
 #else
 constexpr std::array kBursts = {1u, 2u, 32u, 45u};
 #endif
